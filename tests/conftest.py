@@ -1,0 +1,34 @@
+"""Without a GPU, Triton kernels run in the interpreter; the variable has to be set before triton loads."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+from diffattn import config
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def triton_backend():
+    """Run the Triton kernels: compiled on a GPU, interpreted on a CPU."""
+    before, config.backend = config.backend, "triton"
+    yield
+    config.backend = before
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
