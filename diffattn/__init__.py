@@ -1,6 +1,27 @@
 """Attention processors for Hugging Face diffusers: linear and multi-query, installed by one line."""
 
+from diffattn import kernels
 from diffattn._config import config
+from diffattn.cores import AttentionCore, GroupedQueryAttention, LinearAttention, SoftmaxAttention
+from diffattn.patch import PatchHandle, patch, patched, status, unpatch
+from diffattn.processors import LinearAttnProcessor, MQAAttnProcessor
+from diffattn.weights import load_weights, save_weights
 
 __version__ = "0.1.0"
-__all__ = ["config"]
+__all__ = [
+    "AttentionCore",
+    "GroupedQueryAttention",
+    "LinearAttention",
+    "LinearAttnProcessor",
+    "MQAAttnProcessor",
+    "PatchHandle",
+    "SoftmaxAttention",
+    "config",
+    "kernels",
+    "load_weights",
+    "patch",
+    "patched",
+    "save_weights",
+    "status",
+    "unpatch",
+]

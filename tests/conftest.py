@@ -7,6 +7,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Tiny tensors: more threads only wait for each other, and each pytest worker has a core of its own.
+torch.set_num_threads(1)
+
 import pytest
 
 from diffattn import config

@@ -1,0 +1,15 @@
+"""Attention cores: nn.Modules (q, k, v) -> o that know no model."""
+
+from diffattn.cores.base import AttentionCore, Rotary, apply_rotary
+from diffattn.cores.gqa import GroupedQueryAttention
+from diffattn.cores.linear import LinearAttention
+from diffattn.cores.softmax import SoftmaxAttention
+
+__all__ = [
+    "AttentionCore",
+    "GroupedQueryAttention",
+    "LinearAttention",
+    "Rotary",
+    "SoftmaxAttention",
+    "apply_rotary",
+]

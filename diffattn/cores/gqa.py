@@ -1,0 +1,48 @@
+"""Softmax attention whose query heads share key/value heads."""
+
+from diffattn.cores.base import AttentionCore, apply_rotary
+from diffattn.kernels import gqa_attention
+
+
+class GroupedQueryAttention(AttentionCore):
+    """Grouped-query attention (Ainslie et al. 2023); with one key/value head, multi-query (Shazeer 2019).
+
+    Query head h reads key/value head h // (H / Hkv), in place: heads are never repeated.
+
+    Args:
+        kv_heads: key/value heads to keep. None takes the layer's own number, which is exact. On a layer
+            with more, the heads of each group are mean-pooled (Ainslie et al. 2023, section 2.1): another
+            mechanism, which needs distilled weights.
+        precision: None, the precision of the inputs. No other is implemented.
+
+    Raises: ValueError for a precision other than None or a number of heads that is not positive.
+    """
+
+    def __init__(self, kv_heads: int | None = None, precision: str | None = None):
+        super().__init__()
+        if kv_heads is not None and (not isinstance(kv_heads, int) or kv_heads < 1):
+            raise ValueError(f"kv_heads: got {kv_heads!r}, expected a positive integer or None")
+        if precision is not None:
+            raise ValueError(f"precision: got {precision!r}, expected None: no reduced precision is available")
+        self.kv_heads = kv_heads
+        self.precision = precision
+
+    def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
+        if rotate is not None:
+            q, k = apply_rotary(q, rotate[0]), apply_rotary(k, rotate[1])
+        if self.kv_heads is not None and k.shape[2] != self.kv_heads:
+            # Pooling the projections' outputs equals pooling their weights, and LoRA on them still acts.
+            k, v = (t.unflatten(2, (self.kv_heads, -1)).mean(3) for t in (k, v))
+        return gqa_attention(q, k, v, mask=mask, scale=scale)
+
+    def check(self, heads, kv_heads):
+        if self.kv_heads is not None and kv_heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads: got {self.kv_heads}, expected a divisor of the layer's {kv_heads} key/value heads"
+            )
+
+    def formula(self, heads, kv_heads):
+        return ("softmax", self.kv_heads or kv_heads)
+
+    def config(self):
+        return {"kv_heads": self.kv_heads, "precision": self.precision}

@@ -1,0 +1,26 @@
+"""Softmax attention by torch's own kernels."""
+
+import torch.nn.functional as F
+
+from diffattn.cores.base import AttentionCore, apply_rotary
+
+
+class SoftmaxAttention(AttentionCore):
+    """softmax(scale q k^T + mask) v  (Vaswani et al. 2017, eq. 1), by `F.scaled_dot_product_attention`.
+
+    The core of layers that stay as they are: on a stock softmax layer it makes the very same call.
+    """
+
+    def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
+        if rotate is not None:
+            q, k = apply_rotary(q, rotate[0]), apply_rotary(k, rotate[1])
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        grouped = k.shape[1] != q.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+    def formula(self, heads, kv_heads):
+        return ("softmax", kv_heads)
+
+    def config(self):
+        return {}

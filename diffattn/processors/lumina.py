@@ -1,0 +1,81 @@
+"""Lumina 2 and Lumina-Next: grouped-query attention, complex RoPE, proportional attention."""
+
+import math
+
+from torch import Tensor
+
+from diffattn.cores import Rotary
+from diffattn.processors.base import CoreAttnProcessor, output, project
+
+
+class Lumina2AttnProcessor(CoreAttnProcessor):
+    """Lumina 2's attention over text and image tokens in one stream."""
+
+    replaces = ("Lumina2AttnProcessor2_0",)
+
+    def forward(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Tensor | None = None,
+        base_sequence_length: int | None = None,
+    ) -> Tensor:
+        q, k, v = project(attn, hidden_states, encoder_hidden_states)
+        rotary = complex_rotary(image_rotary_emb)
+        scale = proportional_scale(attn, q.shape[1], base_sequence_length)
+        rotate = None if rotary is None else (rotary, rotary)
+        return output(attn, self.core(q, k, v, mask=key_padding_mask(attention_mask), scale=scale, rotate=rotate))
+
+    @classmethod
+    def attends_to_itself(cls, name, attn):
+        return "context_refiner" not in name  # it refines text tokens
+
+
+class LuminaNextAttnProcessor(CoreAttnProcessor):
+    """Lumina-Next's self- and cross-attention; the block adds the two and projects out."""
+
+    replaces = ("LuminaAttnProcessor2_0",)
+
+    def forward(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: Tensor | None = None,
+        key_rotary_emb: Tensor | None = None,
+        base_sequence_length: int | None = None,
+    ) -> Tensor:
+        if hidden_states.dim() == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        q, k, v = project(attn, hidden_states, encoder_hidden_states, norm_all_heads=True)
+        rotate, scale = None, None
+        if query_rotary_emb is not None:
+            rotary = complex_rotary(query_rotary_emb)
+            same = key_rotary_emb is query_rotary_emb
+            rotate = (rotary, rotary if same else complex_rotary(key_rotary_emb))
+        if key_rotary_emb is not None:
+            scale = proportional_scale(attn, q.shape[1], base_sequence_length)
+        return self.core(q, k, v, mask=key_padding_mask(attention_mask), scale=scale, rotate=rotate)
+
+
+def complex_rotary(freqs: Tensor | None) -> Rotary | None:
+    """cos + i sin of shape (1 or B, N, D/2), as diffusers makes them, in real arithmetic."""
+    if freqs is None:
+        return None
+    freqs = freqs.squeeze(0)  # one table for all, if there is but one
+    return Rotary(freqs.real, freqs.imag)
+
+
+def key_padding_mask(mask: Tensor | None) -> Tensor | None:
+    """(B, M) with nonzero for tokens to (B, 1, 1, M) boolean."""
+    return None if mask is None else mask.bool()[:, None, None, :]
+
+
+def proportional_scale(attn, length: int, base_length: int | None) -> float | None:
+    """D^-0.5 sqrt(log_base(length)): sharper attention for longer sequences; None is D^-0.5."""
+    if base_length is None:
+        return None
+    return math.sqrt(math.log(length, base_length)) * attn.scale

@@ -1,0 +1,87 @@
+"""Sana and SANA-Video: ReLU linear self-attention, softmax cross-attention."""
+
+import torch
+from torch import Tensor
+
+from diffattn.cores import LinearAttention, Rotary
+from diffattn.processors.base import CoreAttnProcessor, output, project
+from diffattn.processors.plain import PlainAttnProcessor
+
+
+class SanaAttnProcessor(CoreAttnProcessor):
+    """Sana's self-attention (Xie et al. 2024): no rotary embedding, output clipped in float16."""
+
+    replaces = ("SanaLinearAttnProcessor2_0",)
+
+    def forward(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        refuse_mask(self, attention_mask)
+        q, k, v = project(attn, hidden_states, encoder_hidden_states, norm_all_heads=True)
+        out = output(attn, self.core(q, k, v))
+        if out.dtype == torch.float16:
+            out = out.clip(-65504, 65504)
+        return out
+
+    @classmethod
+    def exact_core(cls, attn):
+        return LinearAttention("relu", eps=1e-15)
+
+
+class SanaVideoAttnProcessor(CoreAttnProcessor):
+    """SANA-Video's self-attention (Chen et al. 2025): RoPE on the numerator, after the ReLU.
+
+    The stock processor sums its normalizer in the model's dtype under a float32 numerator; here both are
+    float32, so in bfloat16 this one is the more accurate of the two.
+    """
+
+    replaces = ("SanaLinearAttnProcessor3_0",)
+
+    def forward(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        refuse_mask(self, attention_mask)
+        q, k, v = project(attn, hidden_states, encoder_hidden_states, norm_all_heads=True)
+        rotate = None
+        if rotary_emb is not None:
+            cos, sin = (t.squeeze(0).squeeze(-2) for t in rotary_emb)  # [N, D], each angle twice
+            rotary = Rotary(cos[..., 0::2], sin[..., 1::2])
+            rotate = (rotary, rotary)
+        return output(attn, self.core(q, k, v, rotate=rotate))
+
+    @classmethod
+    def exact_core(cls, attn):
+        return LinearAttention("relu", eps=1e-15)
+
+
+class SanaCrossAttnProcessor(PlainAttnProcessor):
+    """Sana's softmax attention to the text: the plain block, normalizing queries and keys over all heads."""
+
+    replaces = ("SanaAttnProcessor2_0",)
+
+    def forward(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, norm_all_heads=True)
+
+
+def refuse_mask(processor, mask) -> None:
+    # The stock processors take the argument and drop it, so no model passes one.
+    if mask is not None:
+        raise ValueError(
+            f"attention_mask: got shape {tuple(mask.shape)}, expected None: {type(processor).__name__} "
+            "attends to image tokens, which have no padding"
+        )
