@@ -37,7 +37,7 @@ from torch import Tensor
 
 VARIATIONS = 64  # captions tokenised ahead for each picture
 CAPTION_DROPOUT = 0.1  # for classifier-free guidance
-KL_WEIGHT = 3e-3
+KL_WEIGHT = 1e-3
 
 
 def to_unit_range(pictures: Tensor) -> Tensor:
