@@ -124,6 +124,15 @@ def train_unet(
     return fit(accelerator, {"unet": unet, "text_encoder": text_encoder}, loss_of_step, label="unet", **options)
 
 
+def export(path: Path, vae, unet, text_encoder, tokenizer) -> None:
+    """Write the pipeline with float16 weights, to load as float32 unless asked otherwise."""
+    assemble(vae.half(), unet.half(), text_encoder.half(), tokenizer).save_pretrained(path)
+    # diffusers loads its models as float32 by default, transformers as what the configuration says.
+    config_path = path / "text_encoder" / "config.json"
+    config = json.loads(config_path.read_text())
+    config_path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
@@ -202,7 +211,7 @@ def main() -> None:
         print("The time for this run is over; start it again to go on.")
         return
 
-    assemble(vae.half(), unet.half(), text_encoder.half(), tokenizer).save_pretrained(args.model)
+    export(args.model, vae, unet, text_encoder, tokenizer)
     (args.model / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"Saved {args.model}: {sum(f.stat().st_size for f in args.model.rglob('*') if f.is_file()) / 1e6:.1f} MB")
     if args.captions:
