@@ -1,0 +1,43 @@
+"""Grouped-query attention in plain torch: the equation, at any dtype, without repeating a key or value head."""
+
+import torch
+
+
+def gqa_attention_reference(q, k, v, mask=None, scale=None):
+    """o_n = sum_m softmax_m(scale q_n . k_m + mask_nm) v_m, key/value head h // (H / Hkv) for query head h.
+
+    The query heads that share a key/value head are laid one after another along the query axis, so keys and
+    values enter two ordinary batched products as they are. Only standard operators, so it exports; every
+    step is differentiable, the additive mask included. float16 and bfloat16 are computed in float32.
+
+    Args:
+        q: (B, N, H, D), any floating dtype.
+        k: (B, M, Hkv, D); H is a multiple of Hkv.
+        v: (B, M, Hkv, E).
+        mask: broadcastable to (B, H, N, M); boolean (True = attend) or additive.
+        scale: float; D ** -0.5 if None.
+    Returns: (B, N, H, E) in the dtype of q. A query with every key masked gives zeros, and zero gradients.
+    """
+    B, N, H, D = q.shape
+    M, Hkv, E = v.shape[1:]
+    scale = D**-0.5 if scale is None else scale
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+    rows = q.to(dtype).transpose(1, 2).reshape(B, Hkv, H // Hkv * N, D)
+    scores = (rows @ k.to(dtype).permute(0, 2, 3, 1)) * scale  # [B, Hkv, H / Hkv * N, M]
+    if mask is None:
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        weights = _masked_softmax(scores.reshape(B, H, N, M), mask).reshape(scores.shape)
+    out = weights @ v.to(dtype).transpose(1, 2)  # [B, Hkv, H / Hkv * N, E]
+    return out.reshape(B, H, N, E).transpose(1, 2).to(q.dtype)
+
+
+def _masked_softmax(scores, mask):
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    else:
+        scores = scores + mask.to(scores.dtype)
+    # A softmax over nothing but -inf is NaN, in the gradient too: such rows go through it as zeros.
+    dead = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)

@@ -1,0 +1,436 @@
+"""Grouped-query attention: the Triton kernels and the torch paths against the equation in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffattn import config
+from diffattn.kernels import gqa_attention
+from diffattn.kernels.gqa_attention.reference import gqa_attention_reference
+
+# Relative Frobenius error of an output or a gradient. Half precision rounds the result and, before the second
+# product, the probabilities: 1.63e-3 each in bfloat16, 2.0e-4 in float16, 2.3e-3 and 2.9e-4 together.
+BUDGET = {torch.float32: 1e-5, torch.float16: 4e-4, torch.bfloat16: 2.5e-3}
+
+float32, float16 = torch.float32, torch.float16
+bfloat16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+DTYPES = [float32, float16, bfloat16]
+
+# B, N, M, H, Hkv, D, E: multi-head, grouped and multi-query; self- and cross-attention; padded and split blocks.
+SHAPES = [
+    (2, 1, 1, 2, 2, 4, 4),
+    (1, 1, 100, 6, 1, 5, 5),
+    (2, 63, 77, 4, 2, 10, 10),
+    (1, 100, 77, 4, 1, 20, 20),
+    (2, 100, 100, 4, 2, 40, 40),
+    (1, 130, 128, 3, 3, 64, 64),
+    (1, 63, 300, 4, 1, 64, 32),
+    (1, 100, 63, 2, 1, 72, 72),
+    (1, 64, 64, 2, 1, 80, 80),
+    (1, 77, 140, 2, 2, 96, 96),
+    (1, 40, 50, 2, 1, 112, 48),
+    (1, 65, 63, 2, 1, 128, 128),
+    (1, 33, 40, 2, 1, 160, 160),
+    (1, 20, 33, 2, 1, 256, 256),
+    (1, 20, 33, 2, 1, 40, 160),
+]
+
+
+def make(B, N, M, H, Hkv, D, E, dtype=float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (B, N, H, D), (B, M, Hkv, D), (B, M, Hkv, E)
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+def exact(q, k, v, mask=None, scale=None):
+    """The equation in float64, and its inputs there."""
+    inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.detach().double()
+    return gqa_attention_reference(*inputs, mask, scale), inputs
+
+
+def relative_error(actual, expected):
+    """Absolute where the expected values are next to nothing: with one key, dq and dk are 0."""
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1.0)).item()
+
+
+def assert_accurate(q, k, v, mask=None, scale=None, budget=None):
+    """Output and gradients for a random output gradient."""
+    budget = budget or BUDGET[q.dtype]
+    out = gqa_attention(q, k, v, mask=mask, scale=scale)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    expected, inputs = exact(q, k, v, mask, scale)
+    expected_grads = torch.autograd.grad(expected, inputs, grad.double())
+    errors = {
+        name: relative_error(a, b)
+        for name, a, b in zip(("out", "dq", "dk", "dv"), (out, *grads), (expected, *expected_grads), strict=True)
+    }
+    # Not "error > budget": a NaN has to fail.
+    assert all(error <= budget for error in errors.values()), errors
+    assert out.dtype == q.dtype and [g.shape for g in grads] == [x.shape for x in (q, k, v)]
+
+
+@pytest.fixture(params=["auto", "torch", "triton"])
+def any_backend(request):
+    before, config.backend = config.backend, request.param
+    yield request.param
+    config.backend = before
+
+
+@pytest.mark.parametrize("masked", [None, "bool", "additive"])
+@pytest.mark.parametrize("heads", [(6, 6), (6, 2), (6, 1)])
+def test_reference_is_softmax_attention_with_repeated_heads(heads, masked):
+    H, Hkv = heads
+    q, k, v = (x.detach().double().requires_grad_() for x in make(2, 9, 7, H, Hkv, 8, 5))
+    mask = None
+    if masked == "bool":
+        mask = torch.rand(2, H, 9, 7) > 0.3
+        mask[..., 0] = True
+    if masked == "additive":
+        mask = torch.randn(2, 1, 9, 7, dtype=torch.float64, requires_grad=True)
+    inputs = [x for x in (q, k, v, mask) if x is not None and x.requires_grad]
+    out = gqa_attention_reference(q, k, v, mask)
+    repeated = [x.repeat_interleave(H // Hkv, dim=2).transpose(1, 2) for x in (k, v)]
+    expected = F.scaled_dot_product_attention(q.transpose(1, 2), *repeated, attn_mask=mask).transpose(1, 2)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_matches_float64(shape, dtype, device, triton_backend):
+    assert_accurate(*make(*shape, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", [float16, bfloat16])
+def test_triton_matches_float64_at_1024_tokens(dtype, device, triton_backend):
+    assert_accurate(*make(1, 1024, 1024, 2, 1, 64, 64, dtype=dtype, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 4096, 4096, 4, 2, 64, 64), (1, 4352, 4352, 6, 2, 96, 96)], ids=str)
+def test_triton_matches_float64_at_image_sizes(shape, dtype, device, triton_backend):
+    assert_accurate(*make(*shape, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("shape", SHAPES[2::3], ids=str)
+def test_dispatch_matches_float64(shape, backend, device, monkeypatch):
+    monkeypatch.setattr(config, "backend", backend)
+    assert_accurate(*make(*shape, device=device))
+
+
+@pytest.mark.parametrize("dtype", [float16, bfloat16])
+def test_gradients_do_not_suffer_from_the_rounded_output(dtype, device, triton_backend):
+    """delta = o . do cancels against dP where values share a mean or the softmax has a peak: o needs more bits."""
+    q, k, v = make(1, 128, 256, 2, 1, 64, 64, dtype=dtype, device=device)
+    assert_accurate(q, k, (v.detach() + 1).requires_grad_())
+    assert_accurate((q.detach() * 4).requires_grad_(), k, v)
+
+
+@pytest.mark.parametrize("masked", ["bool", "additive", "additive float32"])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 77), (1, 1, 100, 77), (2, 4, 100, 77), (77,), (4, 1, 1)], ids=str)
+def test_masks(shape, masked, device, any_backend):
+    dtype = float16 if any_backend == "triton" and masked != "additive" else float32
+    q, k, v = make(2, 100, 77, 4, 2, 40, 40, dtype=dtype, device=device)
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device)
+    mask = mask > -0.5 if masked == "bool" else mask.to(float32 if "float32" in masked else dtype)
+    if masked == "bool" and shape == (4, 1, 1):
+        mask[:] = True
+    assert_accurate(q, k, v, mask)
+
+
+def test_mask_is_read_by_its_strides(device, triton_backend):
+    q, k, v = make(2, 33, 40, 4, 2, 16, 16, device=device)
+    mask = torch.randn(40, 4, 33, 2, device=device).permute(3, 1, 2, 0)
+    assert_accurate(q, k, v, mask)
+    assert_accurate(q, k, v, (mask > 0)[..., ::2].repeat_interleave(2, dim=-1))
+    assert_accurate(q, k, v, mask[:, :1, :1].expand(2, 4, 33, 40))
+
+
+@pytest.mark.parametrize("lowest", [False, float("-inf"), torch.finfo(float32).min])
+def test_rows_with_every_key_masked(lowest, device, any_backend):
+    """No key gives zeros and zero gradients; a lowest finite number is not a masked key, it gives the mean."""
+    q, k, v = make(1, 40, 50, 2, 1, 16, 16, device=device)
+    mask = torch.zeros(1, 1, 40, 50, dtype=torch.bool if lowest is False else float32, device=device)
+    mask[...] = lowest is False
+    mask[:, :, 3:7] = lowest
+    out = gqa_attention(q, k, v, mask=mask)
+    # torch's attention on a CPU gets the gradients of the rows that give the mean wrong: M times too large.
+    if any_backend == "triton" or lowest != torch.finfo(float32).min:
+        assert_accurate(q, k, v, mask)
+    if lowest == torch.finfo(float32).min:
+        expected = v.mean(dim=1, keepdim=True).expand(1, 4, 2, 16)
+        torch.testing.assert_close(out[:, 3:7], expected)
+    else:
+        assert (out[:, 3:7] == 0).all()
+        (dq,) = torch.autograd.grad(out.sum(), q)
+        assert (dq[:, 3:7] == 0).all()
+        assert (gqa_attention(q, k, v, mask=mask & False if lowest is False else mask - torch.inf) == 0).all()
+
+
+def test_mask_gradient_is_given_or_refused(device, any_backend):
+    q, k, v = make(2, 9, 7, 4, 2, 8, 8, device=device)
+    mask = torch.randn(2, 1, 9, 7, device=device, requires_grad=True)
+    if any_backend == "triton":
+        with pytest.raises(RuntimeError, match="no gradient for mask"):
+            gqa_attention(q, k, v, mask=mask)
+        with torch.no_grad():
+            gqa_attention(q, k, v, mask=mask)
+        return
+    grad = torch.randn(2, 9, 4, 8, device=device)
+    (actual,) = torch.autograd.grad(gqa_attention(q, k, v, mask=mask), mask, grad)
+    copy = mask.detach().double().requires_grad_()
+    expected = gqa_attention_reference(*(x.detach().double() for x in (q, k, v)), copy)
+    (expected,) = torch.autograd.grad(expected, copy, grad.double())
+    assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.05, -0.3, 0.0])
+def test_scale(scale, device, any_backend):
+    q, k, v = make(1, 33, 40, 2, 1, 16, 16, device=device)
+    if scale:
+        assert_accurate(q, k, v, scale=scale)
+    else:
+        expected = v.mean(dim=1, keepdim=True).expand(1, 33, 2, 16)
+        torch.testing.assert_close(gqa_attention(q, k, v, scale=scale), expected)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_strided_inputs(aligned, device, any_backend):
+    """Slices of a fused projection and (B, H, N, D) storage, where rows start on 16 bytes and where they do not."""
+    B, N, H, Hkv, D = 2, 50, 4, 2, 32
+    fused = torch.randn(B, N, (H + 2 * Hkv) * D + (0 if aligned else 1), device=device, requires_grad=True)
+    q, k, v = (
+        x.unflatten(-1, (-1, D)) for x in fused[..., : (H + 2 * Hkv) * D].split((H * D, Hkv * D, Hkv * D), dim=-1)
+    )
+    assert_accurate(q, k, v)
+    assert_accurate(q, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)))
+    assert_accurate(q, *(x.transpose(2, 3).contiguous().transpose(2, 3) for x in (k, v)))
+    assert_accurate(q.flip(1), k[:, ::2], v[:, ::2])
+    assert_accurate(q, k[:1].expand(B, -1, -1, -1), v[:, :1].expand(-1, N, -1, -1))
+
+
+def test_output_gradient_may_be_expanded(device, triton_backend):
+    q, k, v = make(1, 33, 40, 2, 1, 16, 16, device=device)
+    grads = torch.autograd.grad(gqa_attention(q, k, v).sum(), (q, k, v))
+    expected, inputs = exact(q, k, v)
+    for a, b in zip(grads, torch.autograd.grad(expected.sum(), inputs), strict=True):
+        assert (a.double() - b).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("N, M", [(0, 5), (5, 0)])
+def test_no_queries_or_no_keys(N, M, device, any_backend):
+    q, k, v = make(2, N, M, 4, 2, 8, 8, device=device)
+    out = gqa_attention(q, k, v)
+    assert out.shape == (2, N, 4, 8) and (out == 0).all()
+    for grad, x in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v), strict=True):
+        assert grad.shape == x.shape and (grad == 0).all()
+
+
+def test_large_float16_inputs_stay_finite(device, any_backend):
+    q, k, v = make(1, 70, 90, 2, 1, 64, 64, dtype=float16, device=device)
+    q, k, v = (x.detach().sign().mul_(300).requires_grad_() for x in (q, k, v))
+    out = gqa_attention(q, k, v)
+    assert out.isfinite().all()
+    expected, _ = exact(q, k, v)
+    assert relative_error(out, expected) < BUDGET[float16]
+    if any_backend == "triton":
+        # dP reaches 300 * 300 * 64 on the way, past float16's 65504.
+        q.data.mul_(1e-5)
+        for grad in torch.autograd.grad(gqa_attention(q, k, v, scale=1e-3), (q, k, v), torch.full_like(out, 300.0)):
+            assert grad.isfinite().all()
+
+
+def test_small_float16_probabilities_keep_their_precision(device, triton_backend):
+    """1 / M and dP / M are subnormal numbers of float16 here, with an error of a tenth and more."""
+    q, k, v = make(1, 16, 1024, 1, 1, 16, 16, dtype=float16, device=device)
+    q, v = (q.detach() * 0.1).requires_grad_(), (v.detach() * 0.01).requires_grad_()
+    out = gqa_attention(q, k, v)
+    grad = torch.randn_like(out) * 1e-2
+    grads = torch.autograd.grad(out, (k, v), grad)
+    expected, inputs = exact(q, k, v)
+    expected = torch.autograd.grad(expected, inputs[1:], grad.double())
+    # The gradients themselves are subnormal, so the bound is half a unit in their last place, and the budget.
+    for a, b in zip(grads, expected, strict=True):
+        assert (a.double() - b).abs().max() <= 2.0**-25 + 4e-3 * b.abs().max()
+
+
+@pytest.fixture
+def poisoned_memory():
+    fill, deterministic = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_element_is_written(masked, device, triton_backend, poisoned_memory):
+    mask = torch.arange(70, device=device) < 60 if masked else None
+    assert_accurate(*make(2, 50, 70, 4, 2, 20, 40, dtype=float16, device=device), mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_repeat_bit_for_bit(dtype, device, triton_backend):
+    q, k, v = make(2, 150, 77, 4, 2, 40, 40, dtype=dtype, device=device)
+    grad = torch.randn(2, 150, 4, 40, device=device).to(dtype)
+    runs = []
+    for _ in range(2):
+        out = gqa_attention(q, k, v)
+        runs.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [float32, float16])
+def test_operators_pass_opcheck(dtype, training, device, triton_backend):
+    q, k, v = make(2, 9, 7, 4, 2, 8, 4, dtype=dtype, device=device)
+    mask = torch.rand(1, 1, 9, 7, device=device) > 0.3
+    torch.library.opcheck(torch.ops.diffattn.gqa_attention.default, (q, k, v, mask, 0.3, training))
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, stats, residual = torch.ops.diffattn.gqa_attention(q, k, v, mask, 0.3, True)
+    args = (torch.randn_like(out), q, k, v, mask, out, stats, residual, 0.3)
+    torch.library.opcheck(torch.ops.diffattn.gqa_attention_backward.default, args)
+
+
+def test_operator_called_without_training_still_has_gradients(device, triton_backend):
+    q, k, v = make(1, 9, 7, 2, 1, 8, 8, device=device)
+    out = torch.ops.diffattn.gqa_attention(q, k, v, None, 0.3, False)[0]
+    again = torch.ops.diffattn.gqa_attention(q, k, v, None, 0.3, True)[0]
+    for a, b in zip(
+        torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(again.sum(), (q, k, v)), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_second_derivative_is_refused(device, triton_backend):
+    q, k, v = make(1, 9, 7, 2, 1, 8, 8, device=device)
+    (grad,) = torch.autograd.grad(gqa_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_to_one_graph_for_every_length(training, masked, device, any_backend):
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled(q, k, v, mask):
+        return gqa_attention(q * 2, k, v, mask=mask)
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for N, M in ((9, 7), (20, 33), (5, 64)):
+            q, k, v = make(2, N, M, 4, 2, 8, 8, device=device)
+            if not training:
+                q, k, v = (x.detach() for x in (q, k, v))
+            mask = torch.rand(2, 1, 1, M, device=device) > 0.3 if masked else None
+            out, expected = compiled(q, k, v, mask), gqa_attention(q * 2, k, v, mask=mask)
+            torch.testing.assert_close(out, expected)
+            if training:
+                for a, b in zip(
+                    torch.autograd.grad(out.sum(), (q, k, v)),
+                    torch.autograd.grad(expected.sum(), (q, k, v)),
+                    strict=True,
+                ):
+                    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_exports_to_onnx_with_heads_shared(masked, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v, mask=None):
+            return gqa_attention(q, k, v, mask=mask)
+
+    def inputs(B, N, M):
+        q, k, v = (x.detach() for x in make(B, N, M, 6, 2, 8, 5))
+        mask = torch.rand(B, 1, 1, M, generator=torch.Generator().manual_seed(3)) > 0.3
+        mask[0] = False
+        return (q, k, v, mask) if masked else (q, k, v)
+
+    B, N, M = (torch.export.Dim(name) for name in "BNM")
+    shapes = ({0: B, 1: N}, {0: B, 1: M}, {0: B, 1: M}, {0: B, 3: M})[: 4 if masked else 3]
+    path = str(tmp_path / "attention.onnx")
+    torch.onnx.export(
+        Attention(),
+        inputs(2, 9, 7),
+        path,
+        dynamo=True,
+        dynamic_shapes=shapes,
+        input_names=["q", "k", "v", "mask"][: len(shapes)],
+        verbose=False,
+    )
+    graph = onnx.load(path).graph
+    assert not {"Tile", "Expand", "GatherElements"} & {node.op_type for node in graph.node}
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for lengths in ((2, 9, 7), (3, 33, 20), (2, 5, 70)):
+        args = inputs(*lengths)
+        feed = {node.name: x.numpy() for node, x in zip(session.get_inputs(), args, strict=True)}
+        (out,) = session.run(None, feed)
+        torch.testing.assert_close(torch.from_numpy(out), Attention()(*args), rtol=1e-5, atol=1e-5)
+
+
+def bad(change):
+    """Arguments that fit, with some replaced."""
+    q, k, v = (x.detach() for x in make(2, 9, 7, 6, 2, 8, 5))
+    return {"q": q, "k": k, "v": v} | change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": torch.zeros(2, 9, 48)}, r"q is \(2, 9, 48\).*\(B, N, H, D\)"),
+        ({"k": torch.zeros(2, 7, 2, 16)}, r"k is \(2, 7, 2, 16\).*\(2, M, Hkv, 8\)"),
+        ({"k": torch.zeros(1, 7, 2, 8)}, r"k is \(1, 7, 2, 8\).*\(2, M, Hkv, 8\)"),
+        ({"v": torch.zeros(2, 8, 2, 5)}, r"v is \(2, 8, 2, 5\).*\(2, 7, 2, E\)"),
+        ({"k": torch.zeros(2, 7, 4, 8), "v": torch.zeros(2, 7, 4, 5)}, "k has 4 heads and q has 6"),
+        ({"k": torch.zeros(2, 7, 2, 8, dtype=float16)}, "k is .* torch.float16.*q is torch.float32"),
+        ({"q": torch.zeros(2, 9, 6, 8, dtype=torch.int64)}, "q is .* torch.int64.*floating"),
+        ({"v": torch.zeros(2, 7, 2, 300)}, r"v is \(2, 7, 2, 300\).*1 to 256"),
+        ({"v": torch.zeros(2, 7, 2, 5, device="meta")}, "v is on meta.*cpu"),
+        ({"mask": torch.ones(2, 9, 7)}, r"mask is \(2, 9, 7\).*\(2, 6, 9, 7\)"),
+        ({"mask": torch.ones(1, 2, 6, 9, 7)}, r"mask is \(1, 2, 6, 9, 7\).*\(2, 6, 9, 7\)"),
+        ({"mask": torch.ones(7, dtype=torch.int64)}, r"mask is \(7,\) torch.int64.*boolean"),
+        ({"mask": torch.ones(7, dtype=float16)}, r"mask is \(7,\) torch.float16.*torch.float32"),
+        ({"mask": torch.ones(7, device="meta")}, "mask is on meta.*cpu"),
+        ({"scale": float("inf")}, "scale is inf"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    with pytest.raises(ValueError, match=f"gqa_attention: {message}"):
+        gqa_attention(**bad(change))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_offsets_beyond_32_bits(device, triton_backend):
+    """More than 2 ** 31 elements of q and out; then keys whose rows are 2 ** 26 elements apart."""
+    N = 2**20 + 64
+    q = torch.randn(1, N, 32, 64, dtype=float16, device=device)
+    k, v = (torch.randn(1, 64, 1, 64, dtype=float16, device=device) for _ in range(2))
+    out = gqa_attention(q, k, v)
+    expected, _ = exact(q[:, -64:], k, v)
+    assert relative_error(out[:, -64:], expected) < BUDGET[float16]
+    del q, out
+
+    storage = torch.empty(2**26 * 40, dtype=float16, device=device)
+    q = torch.randn(1, 64, 2, 64, dtype=float16, device=device)
+    for offset in (0, 64, 129):
+        k, v = (torch.as_strided(storage, (1, 40, 1, 64), (0, 2**26, 64, 1), offset + 256 * i) for i in range(2))
+        k.normal_(), v.normal_()
+        expected, _ = exact(q, k, v)
+        assert relative_error(gqa_attention(q, k, v), expected) < BUDGET[float16]
