@@ -1,0 +1,37 @@
+"""What every result file says of the machine it came from."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def environment() -> dict:
+    """GPU, driver, library versions and the commit, for the head of a result file."""
+    import diffusers
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "diffusers": diffusers.__version__,
+        # A copy without its .git, as a build machine may have, names the commit in the variable.
+        "commit": os.environ.get("GIT_COMMIT") or _first_line("git", "rev-parse", "--short", "HEAD"),
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None

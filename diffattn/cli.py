@@ -1,0 +1,115 @@
+"""The command line: `diffattn demo`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Attention processors for Hugging Face diffusers.", no_args_is_help=True, add_completion=False)
+
+
+def fail(message: str) -> typer.Exit:
+    """One line on stderr, and the exit code of a wrong argument."""
+    print(f"diffattn: {message}", file=sys.stderr)
+    return typer.Exit(2)
+
+
+@app.callback()
+def root() -> None:
+    """Attention processors for Hugging Face diffusers."""
+
+
+@app.command()
+def demo(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="What to draw. Without any: four emoji.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of a text-to-picture pipeline. Default: the emoji pipeline."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance. Default: the pipeline's own; 2 for emoji.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first prompt; the next has the next.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+) -> None:
+    """Draw with stock attention, patch, draw again with the same seeds, undo; compare the pictures."""
+    import diffusers
+    import torch
+    import transformers
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from diffattn import demo as show
+
+    chosen = prompts or list(show.PROMPTS)
+    if not all(prompt.strip() for prompt in chosen):
+        raise fail('a prompt is empty; write what to draw, like "a cat with heart eyes"')
+    if not out.parent.is_dir():
+        raise fail(f"--out: there is no folder {out.parent}")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise fail(f"--out: got {out.name}, expected a picture's name that ends in .png, .jpg or .webp")
+    source = model or show.emoji_model()
+    if source is None:
+        raise fail("the emoji pipeline comes with a checkout of the project; name another one with --model")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        pipe = show.load_pipeline(source)
+    except (OSError, ValueError) as error:
+        raise fail(f"--model: {source} is no folder or hub id of a pipeline ({_first_line(error)})") from None
+
+    if long := show.too_long(pipe, chosen):
+        raise fail(f"the prompt is longer than the {pipe.tokenizer.model_max_length} tokens that fit: {long!r}")
+    if guidance is None and model is None:
+        guidance = show.EMOJI_GUIDANCE
+    options = {"num_inference_steps": steps} | ({} if guidance is None else {"guidance_scale": guidance})
+
+    console = Console()
+    device = torch.cuda.get_device_name() if pipe.device.type == "cuda" else "CPU"
+    console.print(f"{type(pipe).__name__} from {source} on {device}, {len(chosen)} pictures, {steps} steps")
+    columns = [TextColumn("{task.description:>12}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps")]
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+        tasks: dict[str, int] = {}
+
+        def progress(title: str, step: int) -> None:
+            if title not in tasks:
+                tasks[title] = bar.add_task(title, total=steps)
+            bar.update(tasks[title], completed=step)
+
+        drawings = show.run(pipe, chosen, progress=progress, seed=seed, **options)
+
+    memory = "peak GPU memory" if pipe.device.type == "cuda" else "peak memory"
+    table = Table("attention", "what", "ms / step", memory, "largest pixel difference")
+    for d in drawings:
+        table.add_row(
+            d.title,
+            d.note.replace("\n", ", "),
+            "-" if d.ms_per_step is None else f"{d.ms_per_step:.1f}",
+            "-" if d.peak_mb is None else f"{d.peak_mb:.0f} MB",
+            "-" if d.difference is None else f"{d.difference} of 255",
+        )
+    console.print(table)
+    show.grid(drawings, chosen).save(out)
+    console.print(f"Wrote {out}. The pipeline has its stock attention back.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
+def main() -> None:
+    try:
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except Exception as error:
+        # typer's own report of a wrong option is a box of seven lines; its exceptions carry the sentence.
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"diffattn: {error.format_message()} (diffattn --help tells more)", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,48 @@
+"""What `import diffattn` needs and brings in."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_brings_in_torch_and_nothing_else_that_is_heavy():
+    heavy = ["diffusers", "transformers", "triton", "onnx", "onnxruntime", "typer", "PIL", "safetensors"]
+    brought = python(
+        "import torch, sys; before = set(sys.modules); import diffattn;"
+        f"print([m for m in {heavy} if m in set(sys.modules) - before])"
+    )
+    assert brought == "[]"
+
+
+def test_works_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None;"
+        "import torch, diffattn;"
+        "x = torch.randn(1, 5, 2, 4);"
+        "o = diffattn.kernels.linear_attention(x, x, x) + diffattn.kernels.gqa_attention(x, x, x);"
+        "diffattn.config.backend = 'triton'\n"
+        "try: diffattn.kernels.linear_attention(x, x, x)\n"
+        "except RuntimeError as error: print(error)"
+    )
+    assert "DIFFATTN_BACKEND=triton was asked for, but triton is not installed" in python(code)
+
+
+@pytest.mark.parametrize("name, value", [("backend", "cuda"), ("compile", "always"), ("speed", 11)])
+def test_config_refuses_what_it_does_not_know(name, value):
+    from diffattn import config
+
+    before = repr(config)
+    with pytest.raises((ValueError, AttributeError), match=name):
+        setattr(config, name, value)
+    assert repr(config) == before
+
+
+def test_public_names():
+    import diffattn
+
+    assert all(hasattr(diffattn, name) for name in diffattn.__all__)
