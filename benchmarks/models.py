@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="diffattn: ")
+    head = {"environment": environment(), "batch": 2, "dtype": "bfloat16"}
     rows = []
     for case in CASES:
         try:
@@ -155,7 +156,7 @@ def main() -> None:
             print(row, flush=True)
         rows.append(row)
         torch.cuda.empty_cache()
-    write_json(args.out / "models.json", {"environment": environment(), "batch": 2, "dtype": "bfloat16", "rows": rows})
+        write_json(args.out / "models.json", head | {"rows": rows})
 
 
 if __name__ == "__main__":
