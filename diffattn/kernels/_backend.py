@@ -1,6 +1,5 @@
 """Which implementation a call runs: the Triton operator or plain torch."""
 
-import functools
 import importlib.util
 import os
 
@@ -10,22 +9,28 @@ from diffattn._config import config
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Looked up here, not in a function: torch.compile traces those and refuses find_spec, behind functools.cache too.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+# torch 2.6 has no is_exporting
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
 
 
 def interpreting() -> bool:
     """True if Triton kernels run in Triton's interpreter, on CPU tensors.
 
-    Triton reads the variable when a kernel is defined, so it has to be set before triton is imported.
+    Triton reads the variable when a kernel is defined, so it has to be set before triton and diffattn are imported.
     """
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _INTERPRETING
+
+
+def exporting() -> bool:
+    """True inside `torch.export.export` and both ONNX exporters."""
+    return torch.onnx.is_in_onnx_export() or _is_exporting()
 
 
 def _why_not_triton(tensor: torch.Tensor) -> str | None:
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "triton is not installed"
     if tensor.dtype not in TRITON_DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {tensor.dtype}"
@@ -41,11 +46,11 @@ def _why_not_triton(tensor: torch.Tensor) -> str | None:
 def use_triton(tensor: torch.Tensor) -> bool:
     """Whether an op whose first argument is `tensor` runs its Triton kernel.
 
-    Exporting to ONNX always takes the torch path: a custom operator has no ONNX equivalent.
+    An export always takes the torch path: ONNX has no equivalent of a custom operator.
 
     Raises: RuntimeError if `config.backend` is `"triton"` and the kernel cannot run.
     """
-    if config.backend == "torch" or torch.onnx.is_in_onnx_export():
+    if config.backend == "torch" or exporting():
         return False
     reason = _why_not_triton(tensor)
     if config.backend == "triton":

@@ -4,8 +4,7 @@ import math
 
 import torch
 
-# torch 2.6 has no is_exporting
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
+from diffattn.kernels._backend import exporting
 
 
 def _map(x: torch.Tensor, feature_map: str | None, dim: int) -> torch.Tensor:
@@ -35,14 +34,19 @@ def linear_attention_reference(q, k, v, *, feature_map="relu", rotary=None, eps=
     Arguments as in `diffattn.kernels.linear_attention`, unchecked. float64 stays float64; other dtypes are
     computed in float32 and the result is cast back.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        # it would turn the float32 products back into half precision
+        with torch.autocast(q.device.type, enabled=False):
+            return linear_attention_reference(
+                q, k, v, feature_map=feature_map, rotary=rotary, eps=eps, normalizer=normalizer
+            )
     dtype = q.dtype
     if dtype != torch.float64:
         q, k, v = q.float(), k.float(), v.float()
     B, N, H, D = q.shape
     M, kv_heads = k.shape[1], k.shape[2]
     q, k = _map(q, feature_map, dim=-1), _map(k, feature_map, dim=1)
-    exporting = torch.onnx.is_in_onnx_export() or _is_exporting()
-    if exporting and 0 < eps < 1e-7 and feature_map != "softmax":
+    if exporting() and 0 < eps < 1e-7 and feature_map != "softmax":
         # ONNX optimizers delete "+ eps" below 1e-8, and a row with phi(q) = 0 would become 0 / 0.
         # A power of two on both sides of the fraction changes no bit of it.
         scale = 2.0 ** math.ceil(math.log2(1e-6 / eps))

@@ -11,6 +11,7 @@ import triton
 from diffattn.kernels.linear_attention.triton_bwd import (
     linear_attention_dkv_bwd_kernel,
     linear_attention_dq_bwd_kernel,
+    linear_attention_dstate_bwd_kernel,
 )
 from diffattn.kernels.linear_attention.triton_fwd import (
     linear_attention_output_fwd_kernel,
@@ -31,10 +32,11 @@ class Launch:
 
 # By kernel, then by the padded width of a head: the first entry at least as wide is taken.
 CONFIGS = {
-    "state": {32: Launch(128, 4, 3, 4), 64: Launch(32, 4, 4, 4), 128: Launch(32, 8, 3, 1), 256: Launch(32, 8, 2, 1)},
-    "output": {32: Launch(128, 4, 3, 3), 64: Launch(64, 4, 3, 3), 128: Launch(64, 4, 3, 2), 256: Launch(32, 8, 2, 1)},
-    "dq": {32: Launch(64, 4, 2, 2), 64: Launch(32, 4, 2, 2), 128: Launch(32, 8, 2, 1), 256: Launch(32, 8, 1, 1)},
-    "dkv": {32: Launch(64, 4, 2, 4), 64: Launch(64, 4, 2, 2), 128: Launch(32, 8, 2, 1), 256: Launch(32, 8, 1, 1)},
+    "state": {32: Launch(64, 4, 3, 4), 64: Launch(32, 4, 4, 4), 128: Launch(32, 8, 3, 1), 256: Launch(32, 8, 2, 1)},
+    "output": {32: Launch(64, 4, 3, 4), 64: Launch(64, 4, 3, 3), 128: Launch(64, 4, 2, 2), 256: Launch(32, 8, 2, 1)},
+    "dq": {32: Launch(64, 4, 3, 4), 64: Launch(64, 4, 2, 2), 128: Launch(64, 8, 2, 1), 256: Launch(32, 8, 1, 1)},
+    "dstate": {32: Launch(64, 4, 3, 4), 64: Launch(32, 4, 4, 4), 128: Launch(32, 8, 3, 1), 256: Launch(32, 8, 2, 1)},
+    "dkv": {32: Launch(64, 4, 2, 4), 64: Launch(64, 4, 2, 2), 128: Launch(32, 4, 2, 2), 256: Launch(16, 8, 1, 1)},
 }
 # The most elements of one D x BE block of the state: larger heads are cut along E.
 STATE_BLOCK = {2: 128 * 128, 4: 64 * 128}
@@ -45,6 +47,9 @@ STEPS_PER_PROGRAM = 2
 def _launch(kernel: str, width: int, dtype: torch.dtype) -> Launch:
     table = CONFIGS[kernel]
     launch = table[min(w for w in table if w >= width)]
+    if dtype != torch.bfloat16 and width > 64:
+        # more parts of the state to hold
+        launch = dataclasses.replace(launch, warps=8, resident=1)
     if dtype == torch.float32:
         launch = dataclasses.replace(launch, block=max(16, launch.block // 2), stages=1)
     return launch
@@ -117,19 +122,19 @@ class _Problem:
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, device=self.device, dtype=dtype)
 
-    def reduce(self, parts: torch.Tensor, softmax: bool) -> torch.Tensor:
-        """(B, Hkv, n, part size) to (B, Hkv, state size)."""
-        n = parts.shape[2]
+    def reduce(self, parts: torch.Tensor, softmax: bool = False) -> torch.Tensor:
+        """(B, Hkv, n, size) to (B, Hkv, size); softmax: parts as of `linear_attention_state_fwd_kernel`."""
+        n, part_size = parts.shape[2:]
         if n == 1 and not softmax:
             return parts.squeeze(2)
-        state = self.empty(self.B, self.Hkv, self.state_size)
+        size = self.state_size if softmax else part_size
+        out = self.empty(self.B, self.Hkv, size)
         block = 256
-        grid = (self.B * self.Hkv, triton.cdiv(self.state_size, block))
-        linear_attention_reduce_kernel[grid](
-            parts, state, n, self.D, self.E, SOFTMAX=softmax, PART_SIZE=parts.shape[3],
+        linear_attention_reduce_kernel[(self.B * self.Hkv, triton.cdiv(size, block))](
+            parts, out, n, self.D, self.E, SOFTMAX=softmax, SIZE=size, PART_SIZE=part_size,
             BP=min(16, triton.next_power_of_2(n)), BX=block, num_warps=4,
         )  # fmt: skip
-        return state
+        return out
 
 
 def _on_device(x: torch.Tensor):
@@ -160,8 +165,9 @@ def linear_attention_bwd(grad, q, k, v, cos, sin, state, feature_map, eps):
     if dq.numel() == 0 or dk.numel() == 0 or dv.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     with _on_device(q):
-        dstate = _write_dq(p, grad, q, state, dq, eps)
-        _write_dk_dv(p, k, v, state, dstate, dk, dv)
+        dnormalizer = _write_dq(p, grad, q, state, dq, eps)
+        dstate = _state_gradient(p, grad, q, state, eps)
+        _write_dk_dv(p, k, v, state, dstate, dnormalizer, dk, dv)
     return dq, dk, dv
 
 
@@ -201,43 +207,44 @@ def _write_output(p: _Problem, q, state, o, eps):
 
 
 def _write_dq(p: _Problem, grad, q, state, dq, eps):
-    """Write dq and return the gradient of the state."""
+    """Write dq and return the gradient of the normalizer (for "softmax", nothing of use)."""
     launch, chunk, n_chunks = p.cut("dq", p.N, p.H)
-    parts = p.empty(p.B, p.H, n_chunks, p.state_size)
+    parts = p.empty(p.B, p.H, n_chunks, 0 if p.softmax else p.D)
+    linear_attention_dq_bwd_kernel[(p.B * p.H * n_chunks,)](
+        grad, q, *p.rotary[:2], state, dq, parts, *grad.stride(), *q.stride(), *p.rotary[2:],
+        p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block,
+        ALIGN=_alignment(grad, q), PARTS=p.parts, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return None if p.softmax else p.reduce(parts.view(p.B, p.Hkv, -1, p.D))
 
-    def dq_bwd(e_blocks, write_dq, write_dstate):
-        linear_attention_dq_bwd_kernel[(p.B * p.H * n_chunks, e_blocks)](
-            grad, q, *p.rotary[:2], state, dq, parts, *grad.stride(), *q.stride(), *p.rotary[2:],
-            p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block,
-            ALIGN=_alignment(grad, q), SUM=p.sum, PARTS=p.parts, DQ=write_dq, DSTATE=write_dstate,
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
 
-    if p.e_blocks == 1:
-        dq_bwd(1, True, True)
-    else:
-        dq_bwd(1, True, False)
-        dq_bwd(p.e_blocks, False, True)
+def _state_gradient(p: _Problem, grad, q, state, eps):
+    """The gradient of S, (B, Hkv, D E)."""
+    launch, chunk, n_chunks = p.cut("dstate", p.N, p.H, p.e_blocks)
+    parts = p.empty(p.B, p.H, n_chunks, p.D * p.E)
+    linear_attention_dstate_bwd_kernel[(p.B * p.H * n_chunks, p.e_blocks)](
+        grad, q, *p.rotary[:2], state, parts, *grad.stride(), *q.stride(), *p.rotary[2:],
+        p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block,
+        ALIGN=_alignment(grad, q), SUM=p.sum, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
     # the parts of the query heads that share a kv head lie side by side
-    return p.reduce(parts.view(p.B, p.Hkv, -1, p.state_size), softmax=False)
+    return p.reduce(parts.view(p.B, p.Hkv, -1, p.D * p.E))
 
 
-def _write_dk_dv(p: _Problem, k, v, state, dstate, dk, dv):
+def _write_dk_dv(p: _Problem, k, v, state, dstate, dnormalizer, dk, dv):
     launch, chunk, n_chunks = p.cut("dkv", p.M, p.Hkv)
 
-    def dkv_bwd(correction, p_dk, correct):
+    def dkv_bwd(dnormalizer, p_dk, correct):
         linear_attention_dkv_bwd_kernel[(p.B * p.Hkv * n_chunks,)](
-            k, v, *p.rotary[:2], state, dstate, correction, p_dk, dv, *k.stride(), *v.stride(), *p.rotary[2:],
+            k, v, *p.rotary[:2], state, dstate, dnormalizer, p_dk, dv, *k.stride(), *v.stride(), *p.rotary[2:],
             p.M, p.Hkv, n_chunks, chunk, **p.constants, BM=launch.block, ALIGN=_alignment(k, v), EXACT=p.exact,
             PARTS=p.parts, CORRECT=correct, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
-    correction = state
     if p.softmax and p.constants["ROTARY"]:
         parts = p.empty(p.B, p.Hkv, n_chunks, p.D)
-        dkv_bwd(correction, parts, correct=True)
-        correction = parts.sum(2)
+        dkv_bwd(state, parts, correct=True)
+        dnormalizer = p.reduce(parts)
     elif p.softmax:
-        matrices = [x[..., : p.D * p.E].unflatten(-1, (p.D, p.E)) for x in (state, dstate)]
-        correction = (matrices[0] * matrices[1]).sum(-1)
-    dkv_bwd(correction, dk, correct=False)
+        dnormalizer = (state[..., : p.D * p.E] * dstate).unflatten(-1, (p.D, p.E)).sum(-1)
+    dkv_bwd(dnormalizer, dk, correct=False)

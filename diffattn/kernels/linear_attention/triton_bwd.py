@@ -63,16 +63,96 @@ def linear_attention_dq_bwd_kernel(
     MAP: tl.constexpr,
     ROTARY: tl.constexpr,
     ALIGN: tl.constexpr,
-    SUM: tl.constexpr,
     PARTS: tl.constexpr,
-    DQ: tl.constexpr,
-    DSTATE: tl.constexpr,
 ):
-    """dq and dz (DQ), and dS (DSTATE), of `chunk` blocks of queries of one head.
+    """dq of `chunk` blocks of queries of one head, and their part of dz, written to part (b, h, i_chunk)."""
+    i_p = tl.program_id(0)
+    i_h = i_p % n_heads
+    i_chunk = (i_p // n_heads) % n_chunks
+    i_b = i_p // n_heads // n_chunks
+    o_n = tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    o_e = tl.arange(0, BE)
 
-    Both in one pass where E fits in one block; else DQ walks over the blocks of E, and DSTATE is a second launch
-    with a program for each.
-    """
+    PAD: tl.constexpr = float("-inf") if MAP == "elu1" or MAP == "softmax" else 0.0
+    p_state += ((i_b * n_heads + i_h) // group).to(tl.int64) * (D * E + D)
+    high, low, undo_state = split_state(load_state(p_state, o_d, o_e, D, E), PARTS)
+    if MAP != "softmax":
+        normalizer = tl.load(p_state + D * E + o_d, mask=o_d < D, other=0.0)
+        dnormalizer = tl.zeros((BD,), tl.float32)
+    for i_block in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, tl.cdiv(N, BN))):
+        start = i_block * BN
+        b_q = row_start(p_q, i_b, i_h, start, stride_qb, stride_qh, stride_qn, ALIGN)
+        b_q = load_tile(b_q, o_n, o_d, stride_qn, stride_qd, N - start, D, BD, PAD, ALIGN)
+        p_g = row_start(p_grad, i_b, i_h, start, stride_gb, stride_gh, stride_gn, ALIGN)
+        t = tl.zeros((BN, BD), tl.float32)
+        for i_e in range(tl.cdiv(E, BE)):
+            if BE < E:
+                high, low, undo_state = split_state(load_state(p_state, o_d, i_e * BE + o_e, D, E), PARTS)
+            b_g = load_tile(p_g, o_n, i_e * BE + o_e, stride_gn, stride_ge, N - start, E, BE, 0.0, ALIGN)
+            b_t, undo = dot_state(b_g.to(tl.float32), tl.trans(high), tl.trans(low), True, PARTS)
+            t += b_t * undo[:, None] * undo_state[None, :]  # [BN, BD]
+        if ROTARY:
+            cos = load_rotary(p_cos, o_n, start, i_b, stride_cb, stride_cn, stride_cd, N - start, D, BD, ROTARY)
+            sin = load_rotary(p_sin, o_n, start, i_b, stride_cb, stride_cn, stride_cd, N - start, D, BD, ROTARY)
+            t = rotate(t, cos, -sin)
+        # a rotation of both sides changes no product: q_n . t_n is u_n . unrotate(t_n)
+        mapped = map_query(b_q, MAP)  # [BN, BD]
+        if MAP == "softmax":
+            b_dq = mapped * (t - tl.sum(mapped * t, 1)[:, None])
+        else:
+            inverse = 1.0 / (tl.sum(mapped * normalizer[None, :], 1) + eps)
+            # rows past the end would be 0 / 0 with eps = 0
+            inverse = tl.where(o_n < N - start, inverse, 0.0)
+            # not inverse^2, which may overflow
+            ddenominator = -tl.sum(mapped * inverse[:, None] * t, 1) * inverse
+            dnormalizer += tl.sum(ddenominator[:, None] * mapped, 0)
+            t = t * inverse[:, None] + ddenominator[:, None] * normalizer[None, :]
+            b_dq = map_gradient(b_q, mapped, t, MAP)
+        out = ((i_b.to(tl.int64) * N + start) * n_heads + i_h) * D
+        store_tile(p_dq + out, b_dq, o_n, o_d, n_heads * D, N - start, D, BD)
+
+    if MAP != "softmax":
+        p_parts += ((i_b * n_heads + i_h).to(tl.int64) * n_chunks + i_chunk) * D
+        tl.store(p_parts + o_d, dnormalizer, mask=o_d < D)
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "group"])
+def linear_attention_dstate_bwd_kernel(
+    p_grad,
+    p_q,
+    p_cos,
+    p_sin,
+    p_state,
+    p_parts,
+    stride_gb,
+    stride_gn,
+    stride_gh,
+    stride_ge,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_qd,
+    stride_cb,
+    stride_cn,
+    stride_cd,
+    N,
+    n_heads,
+    n_chunks,
+    chunk,
+    group,
+    eps,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+    BN: tl.constexpr,
+    MAP: tl.constexpr,
+    ROTARY: tl.constexpr,
+    ALIGN: tl.constexpr,
+    SUM: tl.constexpr,
+):
+    """dS over `chunk` blocks of queries of one head, written to part (b, h, i_chunk)."""
     i_p = tl.program_id(0)
     i_h = i_p % n_heads
     i_chunk = (i_p // n_heads) % n_chunks
@@ -82,60 +162,29 @@ def linear_attention_dq_bwd_kernel(
     o_e = tl.program_id(1) * BE + tl.arange(0, BE)
 
     PAD: tl.constexpr = float("-inf") if MAP == "elu1" or MAP == "softmax" else 0.0
-    p_state += ((i_b * n_heads + i_h) // group).to(tl.int64) * (D * E + D)
-    p_part = p_parts + ((i_b * n_heads + i_h).to(tl.int64) * n_chunks + i_chunk) * (D * E + D)
-    normalizer = tl.load(p_state + D * E + o_d, mask=o_d < D, other=0.0)
-    if DQ:
-        high, low, undo_state = split_state(load_state(p_state, o_d, o_e, D, E), PARTS)
-        dnormalizer = tl.zeros((BN, BD), tl.float32)
-    if DSTATE:
-        dstate = tl.zeros((BD, BE), tl.float32)
+    if MAP != "softmax":
+        p_state += ((i_b * n_heads + i_h) // group).to(tl.int64) * (D * E + D)
+        normalizer = tl.load(p_state + D * E + o_d, mask=o_d < D, other=0.0)
+    dstate = tl.zeros((BD, BE), tl.float32)
     for i_block in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, tl.cdiv(N, BN))):
         start = i_block * BN
         b_q = row_start(p_q, i_b, i_h, start, stride_qb, stride_qh, stride_qn, ALIGN)
         b_q = load_tile(b_q, o_n, o_d, stride_qn, stride_qd, N - start, D, BD, PAD, ALIGN)
-        p_g = row_start(p_grad, i_b, i_h, start, stride_gb, stride_gh, stride_gn, ALIGN)
-        b_g = load_tile(p_g, o_n, o_e, stride_gn, stride_ge, N - start, E, BE, 0.0, ALIGN)
+        b_g = row_start(p_grad, i_b, i_h, start, stride_gb, stride_gh, stride_gn, ALIGN)
+        b_g = load_tile(b_g, o_n, o_e, stride_gn, stride_ge, N - start, E, BE, 0.0, ALIGN)
         mapped = map_query(b_q, MAP)  # [BN, BD]
-        rotated = mapped
+        if MAP != "softmax":
+            inverse = 1.0 / (tl.sum(mapped * normalizer[None, :], 1) + eps)
+            inverse = tl.where(o_n < N - start, inverse, 0.0)
+            mapped *= inverse[:, None]
         if ROTARY:
             cos = load_rotary(p_cos, o_n, start, i_b, stride_cb, stride_cn, stride_cd, N - start, D, BD, ROTARY)
             sin = load_rotary(p_sin, o_n, start, i_b, stride_cb, stride_cn, stride_cd, N - start, D, BD, ROTARY)
-            rotated = rotate(mapped, cos, sin)
-        if MAP != "softmax":
-            inverse = 1.0 / (tl.sum(mapped * normalizer[None, :], 1) + eps)
-            # rows past the end would be 0 / 0 with eps = 0
-            inverse = tl.where(o_n < N - start, inverse, 0.0)
-            rotated *= inverse[:, None]
-        if DQ:
-            t, undo = dot_state(b_g.to(tl.float32), tl.trans(high), tl.trans(low), True, PARTS)
-            t = t * undo[:, None] * undo_state[None, :]  # [BN, BD]
-            if BE < E:
-                for i_e in range(1, tl.cdiv(E, BE)):
-                    b_g = load_tile(p_g, o_n, i_e * BE + o_e, stride_gn, stride_ge, N - start, E, BE, 0.0, ALIGN)
-                    high, low, undo_state = split_state(load_state(p_state, o_d, i_e * BE + o_e, D, E), PARTS)
-                    more, undo = dot_state(b_g.to(tl.float32), tl.trans(high), tl.trans(low), True, PARTS)
-                    t += more * undo[:, None] * undo_state[None, :]
-                high, low, undo_state = split_state(load_state(p_state, o_d, o_e, D, E), PARTS)
-            dmapped = t
-            if ROTARY:
-                dmapped = rotate(t, cos, -sin)
-            if MAP == "softmax":
-                b_dq = mapped * (dmapped - tl.sum(mapped * dmapped, 1)[:, None])
-            else:
-                ddenominator = -tl.sum(rotated * t, 1) * inverse
-                dnormalizer += ddenominator[:, None] * mapped
-                dmapped = dmapped * inverse[:, None] + ddenominator[:, None] * normalizer[None, :]
-                b_dq = map_gradient(b_q, mapped, dmapped, MAP)
-            out = ((i_b.to(tl.int64) * N + start) * n_heads + i_h) * D
-            store_tile(p_dq + out, b_dq, o_n, o_d, n_heads * D, N - start, D, BD)
-        if DSTATE:
-            dstate = dot_tokens(rotated, b_g, dstate, False, SUM)
+            mapped = rotate(mapped, cos, sin)
+        dstate = dot_tokens(mapped, b_g, dstate, False, SUM)
 
-    if DQ:
-        tl.store(p_part + D * E + o_d, tl.sum(dnormalizer, 0), mask=o_d < D)
-    if DSTATE:
-        store_tile(p_part, dstate, o_d, o_e, E, D, E, BE)
+    p_parts += ((i_b * n_heads + i_h).to(tl.int64) * n_chunks + i_chunk) * (D * E)
+    store_tile(p_parts, dstate, o_d, o_e, E, D, E, BE)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -146,7 +195,7 @@ def linear_attention_dkv_bwd_kernel(
     p_sin,
     p_state,
     p_dstate,
-    p_correction,
+    p_dnormalizer,
     p_dk,
     p_dv,
     stride_kb,
@@ -176,9 +225,9 @@ def linear_attention_dkv_bwd_kernel(
     PARTS: tl.constexpr,
     CORRECT: tl.constexpr,
 ):
-    """dk and dv of `chunk` blocks of keys of one head.
+    """dk and dv of `chunk` blocks of keys of one head. For "softmax" p_dnormalizer holds the correction c.
 
-    With CORRECT, only their part of the correction c, written to p_dk.
+    With CORRECT, only their part of c, written to p_dk.
     """
     i_p = tl.program_id(0)
     i_h = i_p % n_heads
@@ -190,16 +239,14 @@ def linear_attention_dkv_bwd_kernel(
     o_e = tl.arange(0, BE)
 
     PAD: tl.constexpr = float("-inf") if MAP == "elu1" or MAP == "softmax" else 0.0
-    p_dstate += i_head * (D * E + D)
+    p_dstate += i_head * (D * E)
     high, low, undo_state = split_state(load_state(p_dstate, o_d, o_e, D, E), PARTS)
     if MAP == "softmax":
         log_sum = tl.load(p_state + i_head * (D * E + D) + D * E + o_d, mask=o_d < D, other=float("inf"))
-        if CORRECT:
-            correction = tl.zeros((BM, BD), tl.float32)
-        else:
-            correction = tl.load(p_correction + i_head * D + o_d, mask=o_d < D, other=0.0)
+    if CORRECT:
+        correction = tl.zeros((BD,), tl.float32)
     else:
-        dnormalizer = tl.load(p_dstate + D * E + o_d, mask=o_d < D, other=0.0)
+        dnormalizer = tl.load(p_dnormalizer + i_head * D + o_d, mask=o_d < D, other=0.0)
     for i_block in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, tl.cdiv(M, BM))):
         start = i_block * BM
         b_k = row_start(p_k, i_b, i_h, start, stride_kb, stride_kh, stride_km, ALIGN)
@@ -227,14 +274,14 @@ def linear_attention_dkv_bwd_kernel(
         if ROTARY:
             dmapped = rotate(dmapped, cos, -sin)
         if CORRECT:
-            correction += mapped * dmapped
+            correction += tl.sum(mapped * dmapped, 0)
         else:
             if MAP == "softmax":
-                b_dk = mapped * (dmapped - correction[None, :])
+                b_dk = mapped * (dmapped - dnormalizer[None, :])
             else:
                 b_dk = map_gradient(b_k, mapped, dmapped + dnormalizer[None, :], MAP)
             out = ((i_b.to(tl.int64) * M + start) * n_heads + i_h) * D
             store_tile(p_dk + out, b_dk, o_m, o_d, n_heads * D, M - start, D, BD)
 
     if CORRECT:
-        tl.store(p_dk + (i_head * n_chunks + i_chunk) * D + o_d, tl.sum(correction, 0), mask=o_d < D)
+        tl.store(p_dk + (i_head * n_chunks + i_chunk) * D + o_d, correction, mask=o_d < D)

@@ -117,11 +117,12 @@ def linear_attention_reduce_kernel(
     D: tl.constexpr,
     E: tl.constexpr,
     SOFTMAX: tl.constexpr,
+    SIZE: tl.constexpr,
     PART_SIZE: tl.constexpr,
     BP: tl.constexpr,
     BX: tl.constexpr,
 ):
-    """Sum the parts of each head, always in the same order.
+    """Sum the parts of each head, SIZE numbers each, always in the same order.
 
     SOFTMAX: bring the parts to a common maximum, divide S by z and write log z in place of z (+inf where all
     keys are masked, so that exp(k - log z) is 0 there).
@@ -129,13 +130,12 @@ def linear_attention_reduce_kernel(
     i_head = tl.program_id(0).to(tl.int64)
     o_x = tl.program_id(1) * BX + tl.arange(0, BX)
     o_p = tl.arange(0, BP)
-    size = D * E + D
     p_parts += i_head * n_parts * PART_SIZE
     if SOFTMAX:
         o_d = tl.where(o_x < D * E, o_x // E, o_x - D * E)
         top = tl.full((BP, BX), float("-inf"), tl.float32)
         for start in range(0, n_parts, BP):
-            mask = (start + o_p[:, None] < n_parts) & (o_x[None, :] < size)
+            mask = (start + o_p[:, None] < n_parts) & (o_x[None, :] < SIZE)
             p_top = p_parts + (start + o_p[:, None]).to(tl.int64) * PART_SIZE + (D * E + D + o_d[None, :])
             top = tl.maximum(top, tl.load(p_top, mask=mask, other=float("-inf")))
         top = tl.max(top, 0)
@@ -143,7 +143,7 @@ def linear_attention_reduce_kernel(
         total = tl.zeros((BP, BX), tl.float32)
     acc = tl.zeros((BP, BX), tl.float32)
     for start in range(0, n_parts, BP):
-        mask = (start + o_p[:, None] < n_parts) & (o_x[None, :] < size)
+        mask = (start + o_p[:, None] < n_parts) & (o_x[None, :] < SIZE)
         p_x = p_parts + (start + o_p[:, None]).to(tl.int64) * PART_SIZE + o_x[None, :]
         x = tl.load(p_x, mask=mask, other=0.0)
         if SOFTMAX:
@@ -158,7 +158,7 @@ def linear_attention_reduce_kernel(
         divisor = tl.where(total == 0, 1.0, total)
         log_sum = tl.where(total == 0, float("inf"), safe + tl.log(divisor))
         out = tl.where(o_x < D * E, out / divisor, log_sum)
-    tl.store(p_state + i_head * size + o_x, out, mask=o_x < size)
+    tl.store(p_state + i_head * SIZE + o_x, out, mask=o_x < SIZE)
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "group"])

@@ -66,6 +66,10 @@ def map_elements(x, MAP: tl.constexpr):
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if MAP == "elu1":
         x = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)))
+    if MAP is None:
+        # As loaded it would go straight into a product, and the pipeline keeps too few buffers of a tile that does
+        # that and has another use: a race (triton-lang/triton#6691). The compiler does not fold an added 0.
+        x += 0.0
     return x
 
 
