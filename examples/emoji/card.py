@@ -39,7 +39,7 @@ SIL Open Font License 1.1; these weights reproduce its pictures and carry the sa
 ## Training
 {training}
 
-Repeat it with `python examples/emoji/data.py && python examples/emoji/train.py`.
+Repeat it with `python examples/emoji/train.py`.
 
 ## Figures
 The generated picture's nearest neighbour among all 3,798 pictures, as 32x32 pixels, is the emoji asked for, in

@@ -1,7 +1,6 @@
 """Train the emoji pipeline from nothing: first the VAE, then the UNet together with its text encoder.
 
-    python examples/emoji/data.py      # once: render the font
-    python examples/emoji/train.py     # about 12 minutes on one H100
+    python examples/emoji/train.py     # renders the font if need be, then about 12 minutes on one H100
 
 A run that is cut off, or ended by --run-minutes, goes on where it stopped when started again.
 """
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from captions import vary
-from data import DATA, HERE, Emoji, load
+from data import DATA, FONT, HERE, Emoji, build, load, save
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from loop import fit
 from networks import (
@@ -161,6 +160,8 @@ def main() -> None:
     torch._dynamo.config.suppress_errors = True
     torch.manual_seed(0)
 
+    if not args.data.exists() and FONT.exists():
+        save(args.data, *build(FONT))
     emoji, arrays = load(args.data)
     if args.tiny:
         emoji, arrays = emoji[:16], arrays[:16]

@@ -1,0 +1,61 @@
+"""Draw the README's picture: the demo's grid beside the times of results/<gpu>/models.json.
+
+diffattn demo --out docs/demo.png
+python benchmarks/readme_figure.py --results benchmarks/results/<gpu> --grid docs/demo.png --out docs/overview.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+STOCK, PATCHED = "#b8bcc4", "#2a6fdb"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--grid", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    content = json.loads((args.results / "models.json").read_text())
+    rows = [row for row in content["rows"] if "failed" not in row]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), width_ratios=(1.25, 1), layout="constrained")
+    left.imshow(plt.imread(args.grid), interpolation="lanczos")
+    left.axis("off")
+
+    # Relative to stock, since the cases differ a hundredfold in time.
+    labels = []
+    for i, row in enumerate(rows):
+        stock, patched = row["stock"]["median"], row["patched"]["median"]
+        right.barh(i - 0.19, 1, height=0.34, color=STOCK, label="stock" if i == 0 else None)
+        right.barh(i + 0.19, patched / stock, height=0.34, color=PATCHED, label="patched" if i == 0 else None)
+        right.text(1.01, i - 0.19, f"{stock:.1f} ms", va="center", fontsize=9, color="#555555")
+        right.text(
+            patched / stock + 0.01, i + 0.19, f"{patched:.1f} ms, {row['speedup']:.2f}x", va="center", fontsize=9
+        )
+        labels.append(f"{row['case'].split(',')[0]}\n{row['kind']}")
+    right.set_yticks(range(len(rows)), labels, fontsize=9)
+    right.invert_yaxis()
+    right.set_xlim(0, 1.25)
+    right.set_xticks([])
+    right.spines[["top", "right", "bottom"]].set_visible(False)
+    right.legend(loc="lower right", frameon=False, fontsize=9)
+    machine = content["environment"]
+    right.set_title(
+        f"One denoiser step, batch {content['batch']}, {content['dtype']}, eager\n{machine['gpu']}, "
+        f"torch {machine['torch'].split('+')[0]}, median",
+        fontsize=10,
+        loc="left",
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=110, facecolor="white")
+
+
+if __name__ == "__main__":
+    main()
