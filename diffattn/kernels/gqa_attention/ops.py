@@ -30,7 +30,7 @@ def _check_device(q):
 @torch.library.impl("diffattn::gqa_attention", ("cpu", "cuda"))
 def _forward(q, k, v, mask, scale, training):
     _check_device(q)
-    from diffattn.kernels.gqa_attention.triton import gqa_attention_fwd
+    from diffattn.kernels.gqa_attention.triton_fwd import gqa_attention_fwd
 
     return gqa_attention_fwd(q, k, v, mask, scale, training)
 

@@ -1,0 +1,282 @@
+"""Triton kernels for grouped-query attention, forward: FlashAttention-2 with the query heads of a group packed.
+
+The query heads that share a key/value head are one long list of rows, r = g * N + n, so a tile of rows is full
+even for a few queries and a key block is read once for all of them. Sums, the softmax and the accumulator are
+float32; every output element is written by one program, so results repeat bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from diffattn.kernels.gqa_attention.triton import (
+    block,
+    block_loads,
+    dot_precision,
+    load_block,
+    mask_has_rows,
+    mask_kind,
+    mask_strides,
+    masked_scores,
+    prob_shift,
+)
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _fwd_step(
+    b_acc,
+    b_l,
+    b_m,
+    b_q,
+    i_b,
+    i_kv,
+    i_m,
+    p_k,
+    p_v,
+    p_mask,
+    m_r,
+    scale,
+    M,
+    stride_kb,
+    stride_km,
+    stride_kh,
+    stride_kd,
+    stride_vb,
+    stride_vm,
+    stride_vh,
+    stride_ve,
+    stride_mask_m,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+    BM: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    TAIL: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One block of keys. TAIL: the block reaches past the last key."""
+    o_m = i_m + tl.arange(0, BM)
+    b_k = load_block(
+        p_k, i_b, i_kv, i_m, M, stride_kb, stride_km, stride_kh, stride_kd, D, BD, BM, TAIL, TMA, WIDE
+    )  # [BM, BD]
+    b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BN, BM]
+    if MASK != 0 or TAIL:
+        b_x *= scale
+        scale = 1.0
+    if MASK != 0:
+        m_edge = (o_m < M)[None, :]
+        if MASK_ROWS:
+            m_edge = m_edge & m_r[:, None]
+        b_x = masked_scores(b_x, p_mask, o_m[None, :], stride_mask_m, m_edge, MASK)
+    if TAIL:
+        b_x = tl.where((o_m < M)[None, :], b_x, float("-inf"))
+    b_new = tl.maximum(b_m, tl.max(b_x, 1) * scale)
+    if MASK != 0:
+        # All keys masked so far: any finite number keeps the exponents from being -inf - -inf.
+        b_top = tl.where(b_new == float("-inf"), 0.0, b_new)
+    else:
+        b_top = b_new
+    b_p = tl.exp2(b_x * scale - (b_top - SHIFT)[:, None])
+    b_old = tl.exp2(b_m - b_top)
+    b_l = b_l * b_old + tl.sum(b_p, 1)
+    b_acc = b_acc * b_old[:, None]
+    b_v = load_block(
+        p_v, i_b, i_kv, i_m, M, stride_vb, stride_vm, stride_vh, stride_ve, E, BE, BM, TAIL, TMA, WIDE
+    )  # [BM, BE]
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    return b_acc, b_l, b_new
+
+
+@triton.jit
+def gqa_attention_fwd_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_mask,
+    p_o,
+    p_residual,
+    p_top,
+    p_rsum,
+    scale,
+    N,
+    M,
+    Hkv,
+    G,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_km,
+    stride_kh,
+    stride_kd,
+    stride_vb,
+    stride_vm,
+    stride_vh,
+    stride_ve,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_n,
+    stride_mask_m,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    TRAINING: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One tile of BN packed query rows against every key of their head. scale includes log2(e)."""
+    i_row = tl.program_id(0) % tl.cdiv(G * N, BN)
+    i_bh = (tl.program_id(0) // tl.cdiv(G * N, BN)).to(tl.int64)
+    i_b = i_bh // Hkv
+    i_kv = i_bh % Hkv
+
+    o_r = i_row * BN + tl.arange(0, BN)
+    m_r = o_r < G * N
+    o_h = i_kv * G + o_r // N  # [BN] int64
+    o_n = (o_r % N).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    o_e = tl.arange(0, BE)
+
+    p_q += i_b * stride_qb
+    b_q = tl.load(
+        p_q + (o_h * stride_qh + o_n * stride_qn)[:, None] + o_d[None, :] * stride_qd,
+        mask=m_r[:, None] & (o_d < D)[None, :],
+        other=0.0,
+    )  # [BN, BD]
+    # The maximum is taken before the scale is applied, so the scale has to be positive.
+    b_q = tl.where(scale < 0, -b_q, b_q)
+    scale = tl.abs(scale)
+    p_mask += i_b * stride_mask_b
+    if MASK_ROWS:
+        p_mask = p_mask + (o_h * stride_mask_h + o_n * stride_mask_n)[:, None]
+
+    b_acc = tl.zeros([BN, BE], dtype=tl.float32)
+    b_l = tl.zeros([BN], dtype=tl.float32)
+    b_m = tl.full([BN], float("-inf"), dtype=tl.float32)
+    M_full = M // BM * BM
+    for i_m in range(0, M_full, BM):
+        b_acc, b_l, b_m = _fwd_step(
+            b_acc, b_l, b_m, b_q, i_b, i_kv, i_m, p_k, p_v, p_mask, m_r, scale, M,
+            stride_kb, stride_km, stride_kh, stride_kd, stride_vb, stride_vm, stride_vh, stride_ve, stride_mask_m,
+            D, E, BD, BE, BM, MASK, MASK_ROWS, False, SHIFT, PRECISION, TMA, WIDE,
+        )  # fmt: skip
+    # A loop of one turn, not an `if`: Triton 3.6 and 3.7 copy the accumulator for the two branches of an `if` before
+    # they wait for the products that are still being added to it.
+    for i_m in tl.range(M_full, M, BM, num_stages=1):
+        b_acc, b_l, b_m = _fwd_step(
+            b_acc, b_l, b_m, b_q, i_b, i_kv, i_m, p_k, p_v, p_mask, m_r, scale, M,
+            stride_kb, stride_km, stride_kh, stride_kd, stride_vb, stride_vm, stride_vh, stride_ve, stride_mask_m,
+            D, E, BD, BE, BM, MASK, MASK_ROWS, True, SHIFT, PRECISION, TMA, WIDE,
+        )  # fmt: skip
+
+    # l is 0 in a row with every key masked: its output, and later its gradients, are 0.
+    b_rl = tl.where(b_l == 0.0, 0.0, 1.0 / b_l)
+    b_acc = b_acc * b_rl[:, None]
+    o_out = ((i_b * N + o_n) * (Hkv * G) + o_h)[:, None] * E + o_e[None, :]
+    m_out = m_r[:, None] & (o_e < E)[None, :]
+    b_o = b_acc.to(p_o.dtype.element_ty)
+    tl.store(p_o + o_out, b_o, mask=m_out)
+    if RESIDUAL:
+        tl.store(p_residual + o_out, (b_acc - b_o.to(tl.float32)).to(p_residual.dtype.element_ty), mask=m_out)
+    if TRAINING:
+        o_stats = i_bh * (G * N) + o_r
+        tl.store(p_top + o_stats, tl.where(b_l == 0.0, 0.0, b_m), mask=m_r)
+        tl.store(p_rsum + o_stats, b_rl * tl.exp2(tl.full([BN], SHIFT, dtype=tl.float32)), mask=m_r)
+
+
+# (rows, keys, warps, stages) by whether elements take 4 bytes and by the padded head dim; the last fits all. They
+# fit in 227 KB of shared memory and keep all but a few hundred bytes of a thread's state in registers, on Hopper.
+_CONFIGS = {
+    (False, 16): (128, 64, 4, 3),
+    (False, 32): (128, 64, 4, 3),
+    (False, 64): (128, 128, 8, 3),
+    (False, 128): (128, 64, 8, 3),
+    (False, 256): (64, 64, 8, 2),
+    (True, 16): (64, 64, 4, 2),
+    (True, 32): (64, 64, 4, 2),
+    (True, 64): (64, 32, 4, 2),
+    (True, 128): (64, 32, 4, 2),
+    (True, 256): (16, 32, 8, 2),
+}
+
+
+def _config(dtype, width, masked):
+    rows, keys, warps, stages = _CONFIGS[(dtype.itemsize == 4, width)]
+    # A mask tile takes registers and shared memory of its own.
+    return (rows, max(16, keys // 2), warps, 2) if masked else (rows, keys, warps, stages)
+
+
+def gqa_attention_fwd(q, k, v, mask, scale, training, config=None):
+    """Launch the forward kernel.
+
+    Args: as the operator `diffattn::gqa_attention`; mask has 4 axes. config: (rows, keys, warps, stages).
+    Returns: out (B, N, H, E); with `training` also stats (2, B, H, N) float32, which hold each row's maximum in
+        log2 units and the reciprocal of its sum, and, in half precision, the residual that rounding took from
+        out, in the dtype of out. Without it both are empty.
+    """
+    B, N, H, D = q.shape
+    M, Hkv, E = v.shape[1:]
+    G = H // Hkv
+    half = q.dtype.itemsize < 4
+    out = q.new_empty(B, N, H, E)
+    stats = q.new_empty((2, B, H, N) if training else (0,), dtype=torch.float32)
+    residual = q.new_empty((B, N, H, E) if training and half else (0,))
+    if out.numel() == 0:
+        return out, stats, residual
+    BD, BE = block(D), block(E)
+    rows, keys, warps, stages = config or _config(q.dtype, max(BD, BE), mask is not None)
+    # A few queries do not fill the tile.
+    rows = min(rows, block(G * N))
+    (k_arg, v_arg), loads = block_loads((k, keys, BD), (v, keys, BE))
+    with torch.cuda.device_of(q):
+        gqa_attention_fwd_kernel[(triton.cdiv(G * N, rows) * B * Hkv,)](
+            q,
+            k_arg,
+            v_arg,
+            q if mask is None else mask,
+            out,
+            residual,
+            stats[0] if training else stats,
+            stats[1] if training else stats,
+            scale * LOG2E,
+            N,
+            M,
+            Hkv,
+            G,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *mask_strides(mask),
+            D=D,
+            E=E,
+            BD=BD,
+            BE=BE,
+            BN=rows,
+            BM=keys,
+            MASK=mask_kind(mask),
+            MASK_ROWS=mask_has_rows(mask),
+            TRAINING=training,
+            RESIDUAL=training and half,
+            SHIFT=prob_shift(q.dtype),
+            PRECISION=dot_precision(q.dtype),
+            **loads,
+            num_warps=warps if rows >= 64 else 4,
+            num_stages=stages,
+        )
+    return out, stats, residual
