@@ -213,7 +213,8 @@ def _write_dq(p: _Problem, grad, q, state, dq, eps):
     linear_attention_dq_bwd_kernel[(p.B * p.H * n_chunks,)](
         grad, q, *p.rotary[:2], state, dq, parts, *grad.stride(), *q.stride(), *p.rotary[2:],
         p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block,
-        ALIGN=_alignment(grad, q), PARTS=p.parts, num_warps=launch.warps, num_stages=launch.stages,
+        ALIGN=_alignment(grad, q), PARTS=p.parts, STAGES=launch.stages,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return None if p.softmax else p.reduce(parts.view(p.B, p.Hkv, -1, p.D))
 

@@ -64,6 +64,7 @@ def linear_attention_dq_bwd_kernel(
     ROTARY: tl.constexpr,
     ALIGN: tl.constexpr,
     PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dq of `chunk` blocks of queries of one head, and their part of dz, written to part (b, h, i_chunk)."""
     i_p = tl.program_id(0)
@@ -80,7 +81,9 @@ def linear_attention_dq_bwd_kernel(
     if MAP != "softmax":
         normalizer = tl.load(p_state + D * E + o_d, mask=o_d < D, other=0.0)
         dnormalizer = tl.zeros((BD,), tl.float32)
-    for i_block in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, tl.cdiv(N, BN))):
+    # tl.range also prefetches q, which goes into no product; range would not
+    end = tl.minimum(i_chunk * chunk + chunk, tl.cdiv(N, BN))
+    for i_block in tl.range(i_chunk * chunk, end, num_stages=STAGES):
         start = i_block * BN
         b_q = row_start(p_q, i_b, i_h, start, stride_qb, stride_qh, stride_qn, ALIGN)
         b_q = load_tile(b_q, o_n, o_d, stride_qn, stride_qd, N - start, D, BD, PAD, ALIGN)
