@@ -155,7 +155,11 @@ def linear_attention_dstate_bwd_kernel(
     ALIGN: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    """dS over `chunk` blocks of queries of one head, written to part (b, h, i_chunk)."""
+    """dS over `chunk` blocks of queries of one head, written to part (b, h, i_chunk).
+
+    Not one kernel with dq: there the tile of the gradient goes into two products, and the pipeline keeps too few
+    buffers of such a tile (triton-lang/triton#6691); S and dS together also leave wide heads without registers.
+    """
     i_p = tl.program_id(0)
     i_h = i_p % n_heads
     i_chunk = (i_p // n_heads) % n_chunks
