@@ -8,7 +8,8 @@ What runs where, with `config.backend` at `"auto"`:
 - CUDA, all else: the Triton kernels. torch would repeat the heads there, pad them, or keep B H N M scores.
 - Gradients under `torch.use_deterministic_algorithms`: the Triton kernels, whose backward has no atomics.
 
-One H100 80GB, torch 2.11, bfloat16, forward, ms:
+`benchmarks/gqa_dispatch.py` times every candidate beside the one taken here, and writes
+benchmarks/results/<gpu>/gqa_dispatch.json. torch's own candidates on one H100 80GB, torch 2.11, bfloat16, forward, ms:
 
 | shape | heads repeated, flash | repeated, cuDNN | shared, flash | shared, cuDNN | flex |
 |---|---|---|---|---|---|
@@ -85,7 +86,7 @@ def _sdpa_shares_heads(q, k, v, mask) -> bool:
 
 
 def _sdpa_is_faster(q, v, mask, training) -> bool:
-    """The rule of the table above, for CUDA tensors."""
+    """The rule for CUDA tensors, all of it: change it here, after benchmarks/gqa_dispatch.py."""
     D = q.shape[-1]
     repeatable = not (training and torch.are_deterministic_algorithms_enabled())
     return repeatable and q.dtype.itemsize == 2 and mask is None and v.shape[-1] == D and D % 8 == 0 and D <= 128
