@@ -32,7 +32,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     guidance: Annotated[
         float | None,
-        typer.Option(help="Classifier-free guidance. Default: the pipeline's own; 2 for emoji.", show_default=False),
+        typer.Option(help="Classifier-free guidance. Default: the pipeline's own; 3 for emoji.", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first prompt; the next has the next.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
@@ -86,7 +86,7 @@ def demo(
         drawings = show.run(pipe, chosen, progress=progress, seed=seed, **options)
 
     memory = "peak GPU memory" if pipe.device.type == "cuda" else "peak memory"
-    table = Table("attention", "what", "ms / step", memory, "largest pixel difference")
+    table = Table("attention", "what", "ms / step", memory, "pixel difference")
     for d in drawings:
         table.add_row(
             d.title,

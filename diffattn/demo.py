@@ -17,8 +17,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from diffattn.cores import GroupedQueryAttention, LinearAttention, SoftmaxAttention
 from diffattn.patch import patch
 
-PROMPTS = ("grinning cat with smiling eyes", "rocket", "pizza", "red heart")
-EMOJI_GUIDANCE = 2.0  # the emoji pipeline's best, see its card
+PROMPTS = ("grinning cat with smiling eyes", "owl", "alarm clock", "red heart")
+EMOJI_GUIDANCE = 3.0  # the emoji pipeline's best, see its card
 MARGIN, HEADER = 12, 64
 
 

@@ -44,7 +44,7 @@ Repeat it with `python examples/emoji/train.py`.
 ## Figures
 The generated picture's nearest neighbour among all 3,798 pictures, as 32x32 pixels, is the emoji asked for, in
 any skin tone. Captions are drawn at random with fixed seeds; `score.json` lists those missed, and `sheet.png`
-shows generated pictures, each with the true one to its right.
+shows pictures of the first row, each with the true one to its right.
 
 | captions | steps | guidance | top-1 | top-5 | top-1, no skin tone named | top-1, skin tone named |
 |---|---|---|---|---|---|---|
@@ -82,7 +82,7 @@ def write_card(model: Path) -> None:
         for r in rows
     ]
     card = CARD.format(
-        guidance=rows[0]["guidance"],
+        guidance=max(rows, key=lambda row: row["top1"])["guidance"],
         parts="\n".join(parts),
         megabytes=sum(f.stat().st_size for f in model.rglob("*.safetensors")) / 1e6,
         training=f"On one {summary['gpu']}, torch {summary['torch']}. " + "; ".join(stages) + ".",

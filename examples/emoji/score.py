@@ -57,11 +57,11 @@ def score(
     data: Path = DATA,
     *,
     captions: int = 500,
-    guidance: tuple[float, ...] = (2.0,),
+    guidance: tuple[float, ...] = (3.0, 2.0, 1.5),
     steps: int = 20,
     dtype: torch.dtype = torch.float32,
 ) -> list[dict]:
-    """One row of figures for each guidance scale; the card and the sheet show the first."""
+    """One row of figures for each guidance scale; the sheet shows the first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -107,7 +107,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--captions", type=int, default=500)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 2.0, 1.5])
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     score(args.model, args.data, captions=args.captions, guidance=tuple(args.guidance), steps=args.steps)

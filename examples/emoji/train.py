@@ -1,6 +1,6 @@
 """Train the emoji pipeline from nothing: first the VAE, then the UNet together with its text encoder.
 
-    python examples/emoji/train.py     # renders the font if need be, then about 12 minutes on one H100
+    python examples/emoji/train.py     # renders the font if need be, then about 9 minutes on one H100
 
 A run that is cut off, or ended by --run-minutes, goes on where it stopped when started again.
 """
@@ -138,10 +138,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--runs", type=Path, default=HERE / "runs", help="checkpoints, removed by hand")
     add("--model", type=Path, default=HERE / "model", help="where the finished pipeline goes")
     add("--init-from", type=Path, help="a finished pipeline: keep its VAE, train its UNet and text encoder on")
-    add("--vae-minutes", type=float, default=3.5)
-    add("--unet-minutes", type=float, default=8.0)
+    add("--vae-minutes", type=float, default=1.7)
+    add("--unet-minutes", type=float, default=6.4)
     add("--run-minutes", type=float, default=math.inf, help="end this run early; start again to go on")
-    add("--batch", type=int, default=512)
+    add("--batch", type=int, default=256)
     add("--vae-batch", type=int, default=64)
     add("--learning-rate", type=float, default=1e-3)
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())

@@ -1,0 +1,62 @@
+"""`diffattn demo` on the pipeline that the repository carries."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from diffattn import demo
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from diffattn.cli import main; main()", *arguments]
+    # A wide terminal, so that no cell of the table is broken into lines.
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "140"})
+
+
+def test_draws_a_labelled_grid_and_a_table(tmp_path):
+    out = tmp_path / "pictures.png"
+    result = run("demo", "pizza", "red heart", "--steps", "2", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    for title in ("stock", "exact", "linear", "multi-query", "not distilled", "ms / step", "memory"):
+        assert title in result.stdout
+    exact = next(line for line in result.stdout.splitlines() if "exact" in line and "│" in line)
+    assert " 0 of" in exact or " 1 of" in exact  # the same pictures
+    assert Image.open(out).width > 4 * 160
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["demo", "  "], "a prompt is empty"),
+        (["demo", "cat " * 50], "longer than the 32 tokens"),
+        (["demo", "--model", "no/such/folder"], "--model: no/such/folder is no folder or hub id"),
+        (["demo", "--steps", "0"], "--steps"),
+        (["demo", "--out", "nowhere/demo.png"], "there is no folder nowhere"),
+        (["demo", "--out", "demo.txt"], "--out: got demo.txt"),
+        (["dmeo"], "dmeo"),
+    ],
+)
+def test_what_is_wrong_gets_one_line_and_exit_code_2(arguments, message):
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert not result.stdout
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_pipeline_gets_its_stock_attention_back():
+    pipe = demo.load_pipeline(demo.emoji_model())
+    before = dict(pipe.unet.attn_processors)
+    drawings = demo.run(pipe, ["pizza"], progress=lambda *_: None, seed=0, num_inference_steps=1)
+    assert [d.title for d in drawings] == ["stock", "exact", "linear", "multi-query"]
+    assert all(pipe.unet.attn_processors[name] is p for name, p in before.items())
+    assert "not distilled" in drawings[2].note and "not distilled" in drawings[3].note
+
+
+def test_self_attention_of_the_emoji_pipeline_sees_1024_tokens_or_more():
+    pipe = demo.load_pipeline(demo.emoji_model())
+    assert pipe.unet.config.sample_size**2 >= 1024
+    assert pipe.unet.config.down_block_types[0] == "CrossAttnDownBlock2D"
