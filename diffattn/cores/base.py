@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffattn.kernels import exporting
+
 
 class Rotary(NamedTuple):
     """Rotary position embedding in real arithmetic (Su et al. 2021, eq. 34).
@@ -26,14 +28,21 @@ def apply_rotary(x: Tensor, rotary: Rotary | None) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t.to(dtype).unsqueeze(-2) for t in (rotary.cos, rotary.sin))  # [(B,) N, 1, R/2]
     width = 2 * cos.shape[-1]
-    rotated, rest = x[..., :width].to(dtype), x[..., width:]
-    if rotary.interleaved:
-        a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+    if width < x.shape[-1]:
+        rotated = apply_rotary(x[..., :width], rotary)
+        return torch.cat((rotated, x[..., width:]), dim=-1)
+    if not rotary.interleaved:
+        a, b = x.to(dtype).chunk(2, dim=-1)
+        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    elif torch.compiler.is_compiling() or exporting():
+        # Compilers fuse real arithmetic into one kernel; they and ONNX have no complex numbers.
+        a, b = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
         rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
     else:
-        a, b = rotated.chunk(2, dim=-1)
-        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return torch.cat((rotated.to(x.dtype), rest), dim=-1)
+        # In eager mode each operation is a pass over memory, and the complex product is one.
+        pairs = torch.view_as_complex(x.to(dtype).contiguous().unflatten(-1, (-1, 2)))
+        rotated = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    return rotated.to(x.dtype)
 
 
 class AttentionCore(nn.Module):
