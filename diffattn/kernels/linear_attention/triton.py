@@ -6,7 +6,6 @@ import functools
 import math
 
 import torch
-import triton
 
 from diffattn.kernels.linear_attention.triton_bwd import (
     linear_attention_dkv_bwd_kernel,
@@ -44,6 +43,16 @@ STATE_BLOCK = {2: 128 * 128, 4: 64 * 128}
 STEPS_PER_PROGRAM = 2
 
 
+def _cdiv(a: int, b: int) -> int:
+    # triton.cdiv and triton.next_power_of_2 cost microseconds outside a kernel, and there are a dozen a call.
+    return -(-a // b)
+
+
+def _padded(n: int) -> int:
+    """The power of two that is at least n and at least 16, the least that `tl.dot` takes."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
 def _launch(kernel: str, width: int, dtype: torch.dtype) -> Launch:
     table = CONFIGS[kernel]
     launch = table[min(w for w in table if w >= width)]
@@ -63,14 +72,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _chunk_length(steps: int, heads: int, slots: int) -> int:
-    """Steps a program takes, of the `steps` of each head, so that all finish soonest if `slots` run at a time."""
-    most = min(steps, triton.cdiv(8 * slots, heads))
+def _cut(kernel: str, width: int, dtype: torch.dtype, device: torch.device, tokens: int, heads: int):
+    """(launch, chunk, n_chunks) of a kernel that walks over the tokens of `heads` heads: n_chunks programs a head, of
+    `chunk` blocks each, so that all finish soonest if as many run at a time as fit the device."""
+    launch = _launch(kernel, width, dtype)
+    slots = _multiprocessors(device) * launch.resident
+    steps = _cdiv(tokens, launch.block)
 
     def finish(chunks):
-        return triton.cdiv(heads * chunks, slots) * (triton.cdiv(steps, chunks) + STEPS_PER_PROGRAM)
+        return _cdiv(heads * chunks, slots) * (_cdiv(steps, chunks) + STEPS_PER_PROGRAM)
 
-    return triton.cdiv(steps, min(range(1, most + 1), key=finish))
+    chunk = _cdiv(steps, min(range(1, min(steps, _cdiv(8 * slots, heads)) + 1), key=finish))
+    return launch, chunk, _cdiv(steps, chunk)
 
 
 def _alignment(*tensors: torch.Tensor) -> int:
@@ -90,10 +103,10 @@ class _Problem:
         self.B, self.M, self.Hkv, self.E = v.shape
         self.N, self.H, self.D = q.shape[1:]
         self.device, self.dtype = q.device, q.dtype
-        self.width = max(16, triton.next_power_of_2(max(self.D, self.E)))
-        BD = max(16, triton.next_power_of_2(self.D))
-        BE = min(max(16, triton.next_power_of_2(self.E)), STATE_BLOCK[q.element_size()] // BD)
-        self.e_blocks = triton.cdiv(self.E, BE)
+        BD = _padded(self.D)
+        self.width = max(BD, _padded(self.E))
+        BE = min(_padded(self.E), STATE_BLOCK[q.element_size()] // BD)
+        self.e_blocks = _cdiv(self.E, BE)
         self.state_size = self.D * self.E + self.D
         self.softmax = feature_map == "softmax"
         # phi(q) and phi(k) have the bits of q and k: products with them need no second part
@@ -111,13 +124,7 @@ class _Problem:
             self.rotary = (cos, sin, cos.stride(0) if cos.ndim == 3 else 0, *cos.stride()[-2:])
 
     def cut(self, kernel: str, tokens: int, heads: int, e_blocks: int = 1):
-        """(launch, chunk, n_chunks) of a kernel that walks over the tokens of B x heads heads: n_chunks programs a
-        head, of `chunk` blocks each."""
-        launch = _launch(kernel, self.width, self.dtype)
-        slots = _multiprocessors(self.device) * launch.resident
-        steps = triton.cdiv(tokens, launch.block)
-        chunk = _chunk_length(steps, self.B * heads * e_blocks, slots)
-        return launch, chunk, triton.cdiv(steps, chunk)
+        return _cut(kernel, self.width, self.dtype, self.device, tokens, self.B * heads * e_blocks)
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, device=self.device, dtype=dtype)
@@ -130,9 +137,9 @@ class _Problem:
         size = self.state_size if softmax else part_size
         out = self.empty(self.B, self.Hkv, size)
         block = 256
-        linear_attention_reduce_kernel[(self.B * self.Hkv, triton.cdiv(size, block))](
+        linear_attention_reduce_kernel[(self.B * self.Hkv, _cdiv(size, block))](
             parts, out, n, self.D, self.E, SOFTMAX=softmax, SIZE=size, PART_SIZE=part_size,
-            BP=min(16, triton.next_power_of_2(n)), BX=block, num_warps=4,
+            BP=min(16, 1 << (n - 1).bit_length()), BX=block, num_warps=4,
         )  # fmt: skip
         return out
 
