@@ -1,7 +1,7 @@
 """Draw the README's picture: the demo's grid beside the times of results/<gpu>/models.json.
 
-diffattn demo --out docs/demo.png
-python benchmarks/readme_figure.py --results benchmarks/results/<gpu> --grid docs/demo.png --out docs/overview.png
+diffattn demo --out demo.png
+python benchmarks/readme_figure.py --results benchmarks/results/<gpu> --grid demo.png --out docs/overview.png
 """
 
 import argparse
