@@ -143,6 +143,52 @@ def test_triton_matches_float64_past_the_last_full_block(D, E, dtype, device, tr
     assert_accurate(*make(2, 301, 300, 4, 2, D, E, dtype=dtype, device=device), mask, like_rounded=half)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "D, E", [(64, 32), (32, 64), (32, 16), (64, 16), (128, 16), (128, 32), (128, 64), (72, 80), (40, 160), (256, 64)]
+)
+def test_triton_matches_float64_where_value_heads_differ(D, E, dtype, aligned, device, triton_backend):
+    """Full blocks of keys and part of one more, through descriptors and, where rows start off 16 bytes, pointers."""
+    for B, N, Hkv, mask in ((1, 63, 1, None), (2, 130, 2, torch.arange(300, device=device) % 7 != 0)):
+        q, k, v = make(B, N, 300, 4, Hkv, D, E, dtype=dtype, device=device)
+        if not aligned:
+            k, v = (F.pad(x.detach(), (0, 1))[..., :-1].requires_grad_() for x in (k, v))
+        assert_accurate(q, k, v, mask, like_rounded=dtype.itemsize == 2)
+        with torch.no_grad():
+            inference = gqa_attention(q, k, v, mask=mask)
+        assert torch.equal(inference, gqa_attention(q, k, v, mask=mask))
+
+
+@pytest.mark.parametrize("D, E, width", [(20, 5, 32), (5, 20, 32), (16, 16, 16)])
+def test_keys_and_values_are_read_in_tiles_of_one_width(D, E, width, device, triton_backend, monkeypatch):
+    """ptxas 12.8 reads shared memory at a wrong address where key tiles are wider than value tiles."""
+    from diffattn.kernels.gqa_attention import triton_bwd, triton_fwd
+
+    widths = []
+    for module in (triton_fwd, triton_bwd):
+
+        def recorded(*tiles, loads=module.block_loads):
+            widths.extend(width for _, _, width in tiles)
+            return loads(*tiles)
+
+        monkeypatch.setattr(module, "block_loads", recorded)
+    assert_accurate(*make(1, 9, 7, 2, 1, D, E, device=device))
+    assert widths == [width] * 6
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inference_gives_the_output_of_training(dtype, masked, device, triton_backend):
+    q, k, v = make(2, 33, 40, 4, 2, 20, 12, dtype=dtype, device=device)
+    mask = torch.arange(40, device=device) % 3 != 0 if masked else None
+    with torch.no_grad():
+        out = gqa_attention(q, k, v, mask=mask)
+    assert not out.requires_grad
+    assert torch.equal(out, gqa_attention(q, k, v, mask=mask))
+
+
 @pytest.mark.parametrize("dtype", [float16, bfloat16])
 def test_triton_matches_float64_at_1024_tokens(dtype, device, triton_backend):
     assert_accurate(*make(1, 1024, 1024, 2, 1, 64, 64, dtype=dtype, device=device))
@@ -336,6 +382,7 @@ def test_operators_pass_opcheck(dtype, training, device, triton_backend):
     mask = torch.rand(1, 1, 9, 7, device=device) > 0.3
     torch.library.opcheck(torch.ops.diffattn.gqa_attention.default, (q, k, v, mask, 0.3, training))
     q, k, v = (x.detach() for x in (q, k, v))
+    torch.library.opcheck(torch.ops.diffattn.gqa_attention_inference.default, (q, k, v, mask, 0.3))
     out, stats, residual = torch.ops.diffattn.gqa_attention(q, k, v, mask, 0.3, True)
     args = (torch.randn_like(out), q, k, v, mask, out, stats, residual, 0.3)
     torch.library.opcheck(torch.ops.diffattn.gqa_attention_backward.default, args)

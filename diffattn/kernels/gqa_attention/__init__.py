@@ -59,8 +59,6 @@ def gqa_attention(q, k, v, *, mask=None, scale=None):
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     mask_grad = torch.is_grad_enabled() and mask is not None and mask.requires_grad
 
-    if torch.onnx.is_in_onnx_export():
-        return gqa_attention_reference(q, k, v, mask, scale)
     if use_triton(q):
         if mask_grad and config.backend == "triton":
             raise RuntimeError(
@@ -68,8 +66,10 @@ def gqa_attention(q, k, v, *, mask=None, scale=None):
                 "DIFFATTN_BACKEND to auto or torch"
             )
         if config.backend == "triton" or not (mask_grad or _sdpa_is_faster(q, v, mask, training)):
-            return torch.ops.diffattn.gqa_attention(q, k, v, mask, scale, training)[0]
-    if mask_grad or not _sdpa_shares_heads(q, k, v, mask):
+            if training:
+                return torch.ops.diffattn.gqa_attention(q, k, v, mask, scale, True)[0]
+            return torch.ops.diffattn.gqa_attention_inference(q, k, v, mask, scale)
+    if torch.onnx.is_in_onnx_export() or mask_grad or not _sdpa_shares_heads(q, k, v, mask):
         return gqa_attention_reference(q, k, v, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)

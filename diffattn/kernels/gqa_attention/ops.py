@@ -1,4 +1,4 @@
-"""The operators `diffattn::gqa_attention` and `diffattn::gqa_attention_backward`: schemas, fakes, autograd.
+"""The operators `diffattn::gqa_attention`, `_inference` and `_backward`: schemas, fakes, autograd.
 
 They take a mask of 4 axes, each 1 or the full size, and their checks are the public function's.
 """
@@ -12,6 +12,12 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 torch.library.define(
     "diffattn::gqa_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool training) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+# For calls that want no gradient: an autograd formula costs every call one more pass through Python, about 8 us.
+torch.library.define(
+    "diffattn::gqa_attention_inference",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
     tags=_TAGS,
 )
 torch.library.define(
@@ -32,7 +38,10 @@ def _forward(q, k, v, mask, scale, training):
     _check_device(q)
     from diffattn.kernels.gqa_attention.triton_fwd import gqa_attention_fwd
 
-    return gqa_attention_fwd(q, k, v, mask, scale, training)
+    out, stats, residual = gqa_attention_fwd(q, k, v, mask, scale, training)
+    # An operator returns tensors, not None.
+    stats = q.new_empty((0,), dtype=torch.float32) if stats is None else stats
+    return out, stats, q.new_empty((0,)) if residual is None else residual
 
 
 @torch.library.register_fake("diffattn::gqa_attention")
@@ -42,6 +51,19 @@ def _(q, k, v, mask, scale, training):
     stats = q.new_empty((2, B, H, N) if training else (0,), dtype=torch.float32)
     residual = torch.empty_like(out) if training and q.dtype.itemsize < 4 else q.new_empty((0,))
     return out, stats, residual
+
+
+@torch.library.impl("diffattn::gqa_attention_inference", ("cpu", "cuda"))
+def _inference(q, k, v, mask, scale):
+    _check_device(q)
+    from diffattn.kernels.gqa_attention.triton_fwd import gqa_attention_fwd
+
+    return gqa_attention_fwd(q, k, v, mask, scale, training=False)[0]
+
+
+@torch.library.register_fake("diffattn::gqa_attention_inference")
+def _(q, k, v, mask, scale):
+    return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
 @torch.library.impl("diffattn::gqa_attention_backward", ("cpu", "cuda"))

@@ -76,9 +76,19 @@ def masked_scores(b_x, p_mask, o_m, stride_m, m_edge, MASK: tl.constexpr):
     return b_x
 
 
-def block(size: int) -> int:
-    """The padded size of a head: a power of two, at least what a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(size))
+def blocks(size: int, block: int) -> int:
+    # Not triton.cdiv: a function for kernels too, it unwraps its arguments and takes microseconds on the host.
+    return -(-size // block)
+
+
+def head_block(*sizes: int) -> int:
+    """The padded size of the largest: a power of two, at least what a matrix instruction takes.
+
+    Queries, keys and values take one width together. Where keys were wider than values their tiles had different
+    swizzles at one shared-memory address, and ptxas 12.8, which Triton 3.6 and 3.7 bring, made the address of the
+    value tile from a register that held something else: an illegal memory access. Head dims seldom differ.
+    """
+    return max(16, 1 << (max(sizes) - 1).bit_length())
 
 
 def mask_kind(mask) -> int:

@@ -4,13 +4,13 @@ dk and dv of one key block are summed over all query heads of its group inside o
 """
 
 import torch
-import triton
 
 from diffattn.kernels.gqa_attention.triton import (
     ADDITIVE_MASK,
-    block,
     block_loads,
+    blocks,
     dot_precision,
+    head_block,
     mask_has_rows,
     mask_kind,
     mask_strides,
@@ -59,8 +59,8 @@ def gqa_attention_bwd(grad, q, k, v, mask, out, stats, residual, scale, configs=
     dq, dk, dv = q.new_empty(B, N, H, D), q.new_empty(B, M, Hkv, D), q.new_empty(B, M, Hkv, E)
     if out.numel() == 0 or v.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    BD, BE = block(D), block(E)
-    dq_config, dkv_config = configs or _configs(q.dtype, max(BD, BE), mask is not None)
+    width = head_block(D, E)
+    dq_config, dkv_config = configs or _configs(q.dtype, width, mask is not None)
     gained = q.dtype == torch.float16
     additive = mask_kind(mask) == ADDITIVE_MASK
     base, delta = q.new_empty((2, B, H, N), dtype=torch.float32)
@@ -70,8 +70,8 @@ def gqa_attention_bwd(grad, q, k, v, mask, out, stats, residual, scale, configs=
     constants = {
         "D": D,
         "E": E,
-        "BD": BD,
-        "BE": BE,
+        "BD": width,
+        "BE": width,
         "MASK": mask_kind(mask),
         "MASK_ROWS": mask_has_rows(mask),
         "GAINED": gained,
@@ -80,7 +80,7 @@ def gqa_attention_bwd(grad, q, k, v, mask, out, stats, residual, scale, configs=
     }
     with torch.cuda.device_of(q):
         gain = _gain(grad, v) if gained else stats
-        gqa_attention_rows_bwd_kernel[(triton.cdiv(N, 64) * B * H,)](
+        gqa_attention_rows_bwd_kernel[(blocks(N, 64) * B * H,)](
             out,
             residual,
             grad,
@@ -93,7 +93,7 @@ def gqa_attention_bwd(grad, q, k, v, mask, out, stats, residual, scale, configs=
             H,
             *grad.stride(),
             E=E,
-            BE=BE,
+            BE=width,
             BN=64,
             ADDITIVE=additive,
             RESIDUAL=residual.numel() > 0,
@@ -102,8 +102,8 @@ def gqa_attention_bwd(grad, q, k, v, mask, out, stats, residual, scale, configs=
         )
         rest = (base, stats[1], delta, gain)
         rows, keys, warps, stages = dq_config
-        (k_arg, v_arg), loads = block_loads((k, keys, BD), (v, keys, BE))
-        gqa_attention_dq_bwd_kernel[(triton.cdiv(H // Hkv * N, rows) * B * Hkv,)](
+        (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))
+        gqa_attention_dq_bwd_kernel[(blocks(H // Hkv * N, rows) * B * Hkv,)](
             q,
             k_arg,
             v_arg,
@@ -121,8 +121,8 @@ def gqa_attention_bwd(grad, q, k, v, mask, out, stats, residual, scale, configs=
             num_stages=stages,
         )
         rows, keys, warps, stages = dkv_config
-        (q_arg, grad_arg), loads = block_loads((q, rows, BD), (grad, rows, BE))
-        gqa_attention_dkv_bwd_kernel[(triton.cdiv(M, keys) * B * Hkv,)](
+        (q_arg, grad_arg), loads = block_loads((q, rows, width), (grad, rows, width))
+        gqa_attention_dkv_bwd_kernel[(blocks(M, keys) * B * Hkv,)](
             q_arg,
             k,
             v,

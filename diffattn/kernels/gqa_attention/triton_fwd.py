@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from diffattn.kernels.gqa_attention.triton import (
-    block,
     block_loads,
+    blocks,
     dot_precision,
+    head_block,
     load_block,
     mask_has_rows,
     mask_kind,
@@ -228,32 +229,31 @@ def gqa_attention_fwd(q, k, v, mask, scale, training, config=None):
     Args: as the operator `diffattn::gqa_attention`; mask has 4 axes. config: (rows, keys, warps, stages).
     Returns: out (B, N, H, E); with `training` also stats (2, B, H, N) float32, which hold each row's maximum in
         log2 units and the reciprocal of its sum, and, in half precision, the residual that rounding took from
-        out, in the dtype of out. Without it both are empty.
+        out, in the dtype of out. Else both are None.
     """
     B, N, H, D = q.shape
     M, Hkv, E = v.shape[1:]
     G = H // Hkv
-    half = q.dtype.itemsize < 4
     out = q.new_empty(B, N, H, E)
-    stats = q.new_empty((2, B, H, N) if training else (0,), dtype=torch.float32)
-    residual = q.new_empty((B, N, H, E) if training and half else (0,))
+    stats = q.new_empty((2, B, H, N), dtype=torch.float32) if training else None
+    residual = torch.empty_like(out) if training and q.dtype.itemsize < 4 else None
     if out.numel() == 0:
         return out, stats, residual
-    BD, BE = block(D), block(E)
-    rows, keys, warps, stages = config or _config(q.dtype, max(BD, BE), mask is not None)
+    width = head_block(D, E)
+    rows, keys, warps, stages = config or _config(q.dtype, width, mask is not None)
     # A few queries do not fill the tile.
-    rows = min(rows, block(G * N))
-    (k_arg, v_arg), loads = block_loads((k, keys, BD), (v, keys, BE))
+    rows = min(rows, head_block(G * N))
+    (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))
     with torch.cuda.device_of(q):
-        gqa_attention_fwd_kernel[(triton.cdiv(G * N, rows) * B * Hkv,)](
+        gqa_attention_fwd_kernel[(blocks(G * N, rows) * B * Hkv,)](
             q,
             k_arg,
             v_arg,
             q if mask is None else mask,
             out,
-            residual,
-            stats[0] if training else stats,
-            stats[1] if training else stats,
+            out if residual is None else residual,
+            stats[0] if training else out,
+            stats[1] if training else out,
             scale * LOG2E,
             N,
             M,
@@ -265,14 +265,14 @@ def gqa_attention_fwd(q, k, v, mask, scale, training, config=None):
             *mask_strides(mask),
             D=D,
             E=E,
-            BD=BD,
-            BE=BE,
+            BD=width,
+            BE=width,
             BN=rows,
             BM=keys,
             MASK=mask_kind(mask),
             MASK_ROWS=mask_has_rows(mask),
             TRAINING=training,
-            RESIDUAL=training and half,
+            RESIDUAL=residual is not None,
             SHIFT=prob_shift(q.dtype),
             PRECISION=dot_precision(q.dtype),
             **loads,
