@@ -32,7 +32,7 @@ class Family:
 
 
 def rand(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator)
+    return torch.randn(*shape, generator=generator, device=generator.device)
 
 
 def text_mask(length: int) -> Tensor:

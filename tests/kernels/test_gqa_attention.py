@@ -477,25 +477,26 @@ def bad(change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"q": torch.zeros(2, 9, 48)}, r"q is \(2, 9, 48\).*\(B, N, H, D\)"),
-        ({"k": torch.zeros(2, 7, 2, 16)}, r"k is \(2, 7, 2, 16\).*\(2, M, Hkv, 8\)"),
-        ({"k": torch.zeros(1, 7, 2, 8)}, r"k is \(1, 7, 2, 8\).*\(2, M, Hkv, 8\)"),
-        ({"v": torch.zeros(2, 8, 2, 5)}, r"v is \(2, 8, 2, 5\).*\(2, 7, 2, E\)"),
-        ({"k": torch.zeros(2, 7, 4, 8), "v": torch.zeros(2, 7, 4, 5)}, "k has 4 heads and q has 6"),
-        ({"k": torch.zeros(2, 7, 2, 8, dtype=float16)}, "k is .* torch.float16.*q is torch.float32"),
-        ({"q": torch.zeros(2, 9, 6, 8, dtype=torch.int64)}, "q is .* torch.int64.*floating"),
-        ({"v": torch.zeros(2, 7, 2, 300)}, r"v is \(2, 7, 2, 300\).*1 to 256"),
-        ({"v": torch.zeros(2, 7, 2, 5, device="meta")}, "v is on meta.*cpu"),
-        ({"mask": torch.ones(2, 9, 7)}, r"mask is \(2, 9, 7\).*\(2, 6, 9, 7\)"),
-        ({"mask": torch.ones(1, 2, 6, 9, 7)}, r"mask is \(1, 2, 6, 9, 7\).*\(2, 6, 9, 7\)"),
-        ({"mask": torch.ones(7, dtype=torch.int64)}, r"mask is \(7,\) torch.int64.*boolean"),
-        ({"mask": torch.ones(7, dtype=float16)}, r"mask is \(7,\) torch.float16.*torch.float32"),
-        ({"mask": torch.ones(7, device="meta")}, "mask is on meta.*cpu"),
-        ({"scale": float("inf")}, "scale is inf"),
+        ({"q": torch.zeros(2, 9, 48)}, r"q: got shape \(2, 9, 48\), expected \(B, N, H, D\)"),
+        ({"k": torch.zeros(2, 7, 2, 16)}, r"k: got shape \(2, 7, 2, 16\), expected \(2, M, Hkv, 8\)"),
+        ({"k": torch.zeros(1, 7, 2, 8)}, r"k: got shape \(1, 7, 2, 8\), expected \(2, M, Hkv, 8\)"),
+        ({"v": torch.zeros(2, 8, 2, 5)}, r"v: got shape \(2, 8, 2, 5\), expected \(2, 7, 2\)"),
+        ({"k": torch.zeros(2, 7, 4, 8), "v": torch.zeros(2, 7, 4, 5)}, "k: got 4 heads, expected a divisor of the 6"),
+        ({"k": torch.zeros(2, 7, 2, 8, dtype=float16)}, "k: got torch.float16, expected torch.float32 as q"),
+        ({"q": torch.zeros(2, 9, 6, 8, dtype=torch.int64)}, "q: got torch.int64, expected one of torch.float16"),
+        ({"v": torch.zeros(2, 7, 2, 300)}, "v: got 300 features a head, expected 1 to 256"),
+        ({"v": torch.zeros(2, 7, 2, 5, device="meta")}, "v: on meta, expected cpu"),
+        ({"mask": torch.ones(2, 9, 7)}, r"mask: got shape \(2, 9, 7\), .* \(2, 6, 9, 7\)"),
+        ({"mask": torch.ones(1, 2, 6, 9, 7)}, r"mask: got shape \(1, 2, 6, 9, 7\), .* \(2, 6, 9, 7\)"),
+        ({"mask": torch.ones(7, dtype=torch.int64)}, "mask: got torch.int64, expected torch.bool or torch.float32"),
+        ({"mask": torch.ones(7, dtype=float16)}, "mask: got torch.float16, expected torch.bool or torch.float32"),
+        ({"mask": [True] * 7}, "mask: got list, expected a tensor"),
+        ({"mask": torch.ones(7, device="meta")}, "mask: on meta, expected cpu"),
+        ({"scale": float("inf")}, "scale: got inf"),
     ],
 )
 def test_bad_input_is_named(change, message):
-    with pytest.raises(ValueError, match=f"gqa_attention: {message}"):
+    with pytest.raises((TypeError, ValueError), match=message):
         gqa_attention(**bad(change))
 
 

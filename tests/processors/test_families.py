@@ -43,6 +43,25 @@ def test_exact_patch_computes_what_stock_computes(family):
         assert relative_error(ours, theirs) <= 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FUSED, ids=str)
+def test_exact_patch_runs_its_kernels_on_a_gpu(family):
+    """The same bar with the Triton kernels in place of the reference; convolutions without TF32 on both sides."""
+    with torch.device("cuda"), torch.backends.cudnn.flags(allow_tf32=False):
+        model = family.model().cuda()
+
+        def run():
+            model.zero_grad()
+            out = family.run(model, torch.Generator("cuda").manual_seed(1))
+            out.square().mean().backward()
+            return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+        stock = run()
+        diffattn.patch(model)
+        for ours, theirs in zip(run(), stock, strict=True):
+            assert relative_error(ours, theirs) <= 1e-5
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if not f.fused], ids=str)
 def test_exact_patch_leaves_the_fast_path_alone(family):
     handle = diffattn.patch(family.model())

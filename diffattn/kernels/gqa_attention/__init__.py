@@ -28,10 +28,13 @@ import torch.nn.functional as F
 
 from diffattn._config import config
 from diffattn.kernels._backend import use_triton
+from diffattn.kernels._checks import check_qkv, shape_of
 from diffattn.kernels.gqa_attention import ops  # noqa: F401  registers the operators
 from diffattn.kernels.gqa_attention.reference import gqa_attention_reference
 
 __all__ = ["gqa_attention"]
+
+MAX_HEAD_DIM = 256
 
 
 def gqa_attention(q, k, v, *, mask=None, scale=None):
@@ -49,8 +52,8 @@ def gqa_attention(q, k, v, *, mask=None, scale=None):
     Returns: (B, N, H, E) in the dtype of q; scores, softmax and sums are float32 (float64 for float64).
         A query with every key masked, by False or by -inf, gives zeros and has zero gradients, as in torch's
         own attention on a CPU.
-    Raises: ValueError, naming the argument, what came and what would fit. RuntimeError if `config.backend` is
-        `"triton"` and the kernel cannot run or cannot give the gradient asked for.
+    Raises: TypeError or ValueError, naming the argument, what came and what would fit. RuntimeError if
+        `config.backend` is `"triton"` and the kernel cannot run or cannot give the gradient asked for.
     """
     _check(q, k, v, mask, scale)
     scale = int(q.shape[-1]) ** -0.5 if scale is None else float(scale)
@@ -93,42 +96,27 @@ def _sdpa_is_faster(q, v, mask, training) -> bool:
 
 
 def _check(q, k, v, mask, scale):
-    for name, x, axes in (("q", q, "(B, N, H, D)"), ("k", k, "(B, M, Hkv, D)"), ("v", v, "(B, M, Hkv, E)")):
-        if x.dim() != 4:
-            raise ValueError(f"gqa_attention: {name} is {_text(x)}; it should have 4 axes {axes}")
-        if x.dtype != q.dtype or not x.is_floating_point():
-            raise ValueError(
-                f"gqa_attention: {name} is {_text(x)}; q, k and v share one floating dtype, q is {q.dtype}"
-            )
-        if x.device != q.device:
-            raise ValueError(f"gqa_attention: {name} is on {x.device}; it should be where q is, on {q.device}")
-        if not 1 <= x.shape[-1] <= 256:
-            raise ValueError(f"gqa_attention: {name} is {_text(x)}; head dims go from 1 to 256")
-    B, N, H, D = q.shape
-    M, Hkv = k.shape[1:3]
-    if k.shape[0] != B or k.shape[-1] != D:
-        raise ValueError(f"gqa_attention: k is {_text(k)}; with q {_text(q)} it should be ({B}, M, Hkv, {D})")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"gqa_attention: v is {_text(v)}; with k {_text(k)} it should be ({B}, {M}, {Hkv}, E)")
-    if Hkv == 0 or H % Hkv != 0:
-        raise ValueError(f"gqa_attention: k has {Hkv} heads and q has {H}; the first should divide the second")
+    check_qkv(q, k, v)
+    for name, x in (("q", q), ("v", v)):
+        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: got {x.shape[3]} features a head, expected 1 to {MAX_HEAD_DIM}")
     if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"gqa_attention: scale is {scale}; it should be finite")
+        raise ValueError(f"scale: got {scale}, expected a finite number or None")
     if mask is None:
         return
-    if mask.dtype not in (torch.bool, q.dtype, torch.float32):
-        raise ValueError(
-            f"gqa_attention: mask is {_text(mask)}; it should be boolean (True = attend), or additive in "
-            f"{q.dtype} or float32"
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask: got {type(mask).__name__}, expected a tensor or None")
+    dtypes = dict.fromkeys((torch.bool, q.dtype, torch.float32))
+    if mask.dtype not in dtypes:
+        raise TypeError(
+            f"mask: got {mask.dtype}, expected {' or '.join(map(str, dtypes))}: boolean (True attends) or additive"
         )
     if mask.device != q.device:
-        raise ValueError(f"gqa_attention: mask is on {mask.device}; it should be where q is, on {q.device}")
-    full = (B, H, N, M)
-    if mask.dim() > 4 or any(
+        raise ValueError(f"mask: on {mask.device}, expected {q.device} as q")
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if mask.ndim > 4 or any(
         have != 1 and have != want for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
     ):
-        raise ValueError(f"gqa_attention: mask is {_text(mask)}; it should be broadcastable to (B, H, N, M) = {full}")
-
-
-def _text(x) -> str:
-    return f"{tuple(x.shape)} {x.dtype}"
+        raise ValueError(
+            f"mask: got shape {shape_of(mask)}, expected one that broadcasts to (B, H, N, M) = {tuple(full)}"
+        )

@@ -5,6 +5,7 @@ import numbers
 import torch
 
 from diffattn.kernels._backend import use_triton
+from diffattn.kernels._checks import check_qkv, shape_of
 from diffattn.kernels.linear_attention import ops as ops  # registers the operators
 from diffattn.kernels.linear_attention.reference import linear_attention_reference
 
@@ -12,7 +13,6 @@ __all__ = ["FEATURE_MAPS", "linear_attention", "linear_attention_reference"]
 
 FEATURE_MAPS = ("relu", "elu1", "softmax", None)
 NORMALIZERS = ("sum", "mean")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # wider heads take plain torch: their state does not fit the kernels' blocks
 MAX_HEAD_DIM = 256
 
@@ -41,40 +41,13 @@ def linear_attention(q, k, v, *, feature_map="relu", rotary=None, eps=1e-15, nor
         (float64 for float64).
     Raises: TypeError or ValueError, naming the argument, what came and what would fit.
     """
-    _check_tensors(q, k, v)
+    check_qkv(q, k, v)
     _check_options(feature_map, eps, normalizer)
     cos, sin = (None, None) if rotary is None else _check_rotary(q, k, rotary)
     if max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM and use_triton(q):
         return torch.ops.diffattn.linear_attention(q, k, v, cos, sin, feature_map, normalizer, float(eps))[0]
     rotary = None if rotary is None else (cos, sin)
     return linear_attention_reference(q, k, v, feature_map=feature_map, rotary=rotary, eps=eps, normalizer=normalizer)
-
-
-def _shape(x):
-    return tuple(x.shape)
-
-
-def _check_tensors(q, k, v):
-    for name, x, layout in (("q", q, "(B, N, H, D)"), ("k", k, "(B, M, Hkv, D)"), ("v", v, "(B, M, Hkv, E)")):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor {layout}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name}: got {x.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-        if x.ndim != 4:
-            raise ValueError(f"{name}: got shape {_shape(x)}, expected {layout}")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}: got {x.dtype}, expected {q.dtype} as q")
-        if x.device != q.device:
-            raise ValueError(f"{name}: on {x.device}, expected {q.device} as q")
-    B, _, H, D = q.shape
-    if H == 0 or D == 0:
-        raise ValueError(f"q: got shape {_shape(q)}, expected (B, N, H, D) with at least one head and one feature")
-    if k.shape[0] != B or k.shape[3] != D:
-        raise ValueError(f"k: got shape {_shape(k)}, expected ({B}, M, Hkv, {D}) for q of shape {_shape(q)}")
-    if k.shape[2] == 0 or H % k.shape[2] != 0:
-        raise ValueError(f"k: got {k.shape[2]} heads, expected a divisor of the {H} heads of q")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v: got shape {_shape(v)}, expected {_shape(k)[:3]} + (E,) for k of shape {_shape(k)}")
 
 
 def _check_options(feature_map, eps, normalizer):
@@ -104,10 +77,12 @@ def _check_rotary(q, k, rotary):
         if x.device != q.device:
             raise ValueError(f"rotary: {name} is on {x.device}, expected {q.device} as q")
         if x.ndim not in (2, 3) or x.shape[-2] != N or x.shape[-1] != D // 2 or (x.ndim == 3 and x.shape[0] != B):
-            raise ValueError(f"rotary: {name} has shape {_shape(x)}, expected ({N}, {D // 2}) or ({B}, {N}, {D // 2})")
+            raise ValueError(
+                f"rotary: {name} has shape {shape_of(x)}, expected ({N}, {D // 2}) or ({B}, {N}, {D // 2})"
+            )
     cos, sin = rotary
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         raise ValueError(
-            f"rotary: cos is {cos.dtype} {_shape(cos)} and sin {sin.dtype} {_shape(sin)}, expected them alike"
+            f"rotary: cos is {cos.dtype} {shape_of(cos)} and sin {sin.dtype} {shape_of(sin)}, expected them alike"
         )
     return cos.detach(), sin.detach()
