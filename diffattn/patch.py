@@ -16,7 +16,7 @@ from diffattn.processors import BY_STOCK_NAME, CoreAttnProcessor
 
 CORES_BY_NAME = {"linear": LinearAttention, "mqa": lambda: GroupedQueryAttention(kv_heads=1)}
 DENOISERS = ("unet", "transformer", "prior", "decoder")
-STOCK_IS_BEST = "softmax with a key/value head per query head: torch's own attention is already the fast path"
+STOCK_IS_BEST = "softmax, one key/value head a query head: stock is the fast path"
 
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -76,6 +76,7 @@ class PatchHandle:
 
     installed: dict[str, CoreAttnProcessor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    _order: list[str] = field(default_factory=list, repr=False)
     _layers: dict[str, Layer] = field(default_factory=dict, repr=False)
     _compiled: list[nn.Module] = field(default_factory=list, repr=False)
 
@@ -92,6 +93,7 @@ class PatchHandle:
     def __str__(self) -> str:
         rows = [(name, type(p).__name__, str(p.core)) for name, p in self.installed.items()]
         rows += [(name, "stock", reason) for name, reason in self.skipped.items()]
+        rows.sort(key=lambda row: self._order.index(row[0]))
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines = [f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {what}" for name, kind, what in rows]
         head = f"diffattn: {len(self.installed)} of {len(rows)} attention layers patched"
@@ -146,7 +148,7 @@ def patch(
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"core: {core} fits no layer of {type(target).__name__}:\n{reasons}")
 
-    handle = PatchHandle(skipped=skipped)
+    handle = PatchHandle(skipped=skipped, _order=[layer.name for layer in found])
     done: list[tuple[Layer, CoreAttnProcessor | None]] = []
     try:
         for layer, processor in plan:
@@ -188,6 +190,7 @@ def status(target: Any) -> PatchHandle:
     """What is installed in a pipeline or model now; `undo()` takes all of it out."""
     handle = PatchHandle()
     for layer in find_layers(target):
+        handle._order.append(layer.name)
         if layer.patched:
             handle.installed[layer.name] = layer.attn.processor
             handle._layers[layer.name] = layer
