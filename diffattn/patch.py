@@ -86,8 +86,7 @@ class PatchHandle:
             layer = self._layers[name]
             if layer.patched and layer.attn.processor is processor:
                 layer.restore()
-        for module in self._compiled:
-            module._compiled_call_impl = None
+        _uncompile(self._compiled)
         self._compiled.clear()
 
     def __str__(self) -> str:
@@ -112,8 +111,8 @@ def patch(
 
     Args:
         target: a diffusers pipeline (every component that has attention) or a diffusers model.
-        core: None installs the exact core wherever it is faster than stock: the same formula, only
-            rounding differs. `"linear"`, `"mqa"` or a core instance (copied per layer) is installed
+        core: None installs the exact core wherever stock is not torch's own fused attention already: the
+            same formula, only rounding differs. `"linear"`, `"mqa"` or a core instance (copied per layer) is installed
             where it computes what stock computes and, being another mechanism, in place of softmax
             self-attention over image, video or audio tokens of the denoiser.
         layers: a glob, a list of globs or `f(name, attn) -> bool` over layer names as in
@@ -150,6 +149,7 @@ def patch(
 
     handle = PatchHandle(skipped=skipped, _order=[layer.name for layer in found])
     done: list[tuple[Layer, CoreAttnProcessor | None]] = []
+    compiled_before = _compiled(target)
     try:
         for layer, processor in plan:
             if layer.patched and _same(layer.attn.processor, processor):
@@ -158,13 +158,15 @@ def patch(
             layer.install(processor)
             handle.installed[layer.name] = processor
             handle._layers[layer.name] = layer
-        if weights is not None:
+        if compile is not None:
+            _compile(target, compile)
+            handle._compiled = [m for m in _compiled(target) if m not in compiled_before]
+        if weights is not None:  # last: what it wrote into a kept processor could not be taken back
             from diffattn.weights import load_weights
 
             load_weights(target, weights)
-        if compile is not None:
-            handle._compiled = _compile(target, compile)
     except BaseException:
+        _uncompile([m for m in _compiled(target) if m not in compiled_before])
         for layer, before in done:
             if before is not None:
                 layer.install(before)
@@ -214,15 +216,11 @@ def find_layers(target: Any) -> list[Layer]:
 
     Raises: TypeError if `target` is neither.
     """
-    if isinstance(target, nn.Module):
-        components = {"": target}
-    elif isinstance(getattr(target, "components", None), dict):
-        components = {n: c for n, c in target.components.items() if isinstance(c, nn.Module)}
-    else:
+    if not isinstance(target, nn.Module) and not isinstance(getattr(target, "components", None), dict):
         raise TypeError(f"target: got {type(target).__name__}, expected a diffusers pipeline or model")
 
     found, seen = [], set()
-    for component, model in components.items():
+    for component, model in _models(target).items():
         denoises = component.startswith(DENOISERS) or (not component and not _is_autoencoder(model))
         for name, module in model.named_modules():
             # transformers' models have no such attribute; a processor is called with the module.
@@ -320,17 +318,27 @@ def _same(one: CoreAttnProcessor, other: CoreAttnProcessor) -> bool:
     return identity(one) == identity(other)
 
 
-def _compile(target: Any, mode: str) -> list[nn.Module]:
-    """Compile the denoisers in place, blocks or whole; returns the modules compiled."""
-    models = [target] if isinstance(target, nn.Module) else []
-    models = models or [
-        m for n, m in target.components.items() if isinstance(m, nn.Module) and n.startswith(DENOISERS)
-    ]
-    before = {id(m) for model in models for m in model.modules() if m._compiled_call_impl is not None}
-    for model in models:
+def _models(target: Any) -> dict[str, nn.Module]:
+    if isinstance(target, nn.Module):
+        return {"": target}
+    return {name: c for name, c in target.components.items() if isinstance(c, nn.Module)}
+
+
+def _compile(target: Any, mode: str) -> None:
+    """Compile a model, or a pipeline's denoisers, in place: the repeated blocks or the whole."""
+    for name, model in _models(target).items():
+        if name and not name.startswith(DENOISERS):
+            continue
         if mode == "full":
             model.compile(fullgraph=True)
         else:
             model.compile_repeated_blocks(fullgraph=True)
-    modules = [m for model in models for m in model.modules()]
-    return [m for m in modules if m._compiled_call_impl is not None and id(m) not in before]
+
+
+def _compiled(target: Any) -> list[nn.Module]:
+    return [m for model in _models(target).values() for m in model.modules() if m._compiled_call_impl is not None]
+
+
+def _uncompile(modules: list[nn.Module]) -> None:
+    for module in modules:
+        module._compiled_call_impl = None

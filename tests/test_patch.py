@@ -263,6 +263,14 @@ def test_compile_and_undo(unet, mode, modules, monkeypatch):
     assert torch.equal(run(unet), stock)
 
 
+def test_a_failure_after_compiling_leaves_an_eager_model(unet, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    with pytest.raises(FileNotFoundError):
+        diffattn.patch(unet, "linear", compile="regional", weights=str(tmp_path / "no weights"))
+    assert all(m._compiled_call_impl is None for m in unet.modules())
+    assert not diffattn.status(unet).installed
+
+
 def test_a_model_that_names_no_repeated_blocks_is_left_as_it_was():
     sana = next(f for f in FAMILIES if f.name == "sana").model()
     before = processors(sana)

@@ -27,7 +27,8 @@ class LinearAttention(AttentionCore):
             q and k share it.
         normalizer: `"sum"` over tokens, as written above, or `"mean"`: S and z are divided by the number
             of tokens, so that eps weighs the same at every resolution (LinFusion, Liu et al. 2024).
-        eps: added to the denominator. Sana, DC-AE: 1e-15; LinFusion: 1e-4 with `"mean"`.
+        eps: added to the denominator. Sana, DC-AE: 1e-15; LinFusion: 1e-4 with `"mean"`. The map
+            `"softmax"` has the denominator 1 by construction: there eps and normalizer change nothing.
 
     Masks may hide keys, not single (query, key) pairs: they have to be the same for all heads and queries.
 

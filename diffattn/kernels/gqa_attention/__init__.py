@@ -4,7 +4,7 @@ What runs where, with `config.backend` at `"auto"`:
 
 - CPU: torch's own attention with shared heads; where torch has no fused kernel (E != D, a mask that needs a
   gradient) the reference, whose scores take B H N M elements. Exports to ONNX: the reference.
-- CUDA, half precision, no mask, E = D, D a multiple of 8 up to 128: torch's own, which is cuDNN on Hopper.
+- CUDA, half precision, no mask, E = D, D a multiple of 8 up to 128: torch's own choice of kernel.
 - CUDA, all else: the Triton kernels. torch would repeat the heads there, pad them, or keep B H N M scores.
 - Gradients under `torch.use_deterministic_algorithms`: the Triton kernels, whose backward has no atomics.
 
