@@ -1,6 +1,6 @@
 """Attention cores: nn.Modules (q, k, v) -> o that know no model."""
 
-from diffattn.cores.base import AttentionCore, Rotary, apply_rotary
+from diffattn.cores.base import AttentionCore, Rotary, apply_rotary, rotate_heads
 from diffattn.cores.gqa import GroupedQueryAttention
 from diffattn.cores.linear import LinearAttention
 from diffattn.cores.softmax import SoftmaxAttention
@@ -12,4 +12,5 @@ __all__ = [
     "Rotary",
     "SoftmaxAttention",
     "apply_rotary",
+    "rotate_heads",
 ]

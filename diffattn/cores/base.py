@@ -1,48 +1,18 @@
 """What every attention core is given and returns, and the rotation that some of them apply."""
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor, nn
 
-from diffattn.kernels import exporting
+from diffattn.kernels import Rotary, apply_rotary, qk_norm_rope
+from diffattn.kernels.qk_norm_rope import runs_fused
 
 
-class Rotary(NamedTuple):
-    """Rotary position embedding in real arithmetic (Su et al. 2021, eq. 34).
-
-    Attributes:
-        cos, sin: (N, R/2) or (B, N, R/2), one angle a pair. Features from R on are not rotated.
-        interleaved: pairs are (2i, 2i+1) if True, (i, i + R/2) if False.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    interleaved: bool = True
-
-
-def apply_rotary(x: Tensor, rotary: Rotary | None) -> Tensor:
-    """Rotate the feature pairs of x (B, N, H, D) in float32 (float64 stays); the dtype of x returns."""
-    if rotary is None:
-        return x
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (t.to(dtype).unsqueeze(-2) for t in (rotary.cos, rotary.sin))  # [(B,) N, 1, R/2]
-    width = 2 * cos.shape[-1]
-    if width < x.shape[-1]:
-        rotated = apply_rotary(x[..., :width], rotary)
-        return torch.cat((rotated, x[..., width:]), dim=-1)
-    if not rotary.interleaved:
-        a, b = x.to(dtype).chunk(2, dim=-1)
-        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    elif torch.compiler.is_compiling() or exporting():
-        # Compilers fuse real arithmetic into one kernel; they and ONNX have no complex numbers.
-        a, b = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    else:
-        # In eager mode each operation is a pass over memory, and the complex product is one.
-        pairs = torch.view_as_complex(x.to(dtype).contiguous().unflatten(-1, (-1, 2)))
-        rotated = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
-    return rotated.to(x.dtype)
+def rotate_heads(q: Tensor, k: Tensor, rotate: tuple[Rotary | None, Rotary | None] | None) -> tuple[Tensor, Tensor]:
+    """Rotate q and k, each in the dtype that it has: one kernel where it can run, else `apply_rotary` of each."""
+    if rotate is None:
+        return q, k
+    if q.dtype == k.dtype and runs_fused(q, k):
+        return qk_norm_rope(q, k, rotate=rotate)
+    return apply_rotary(q, rotate[0]), apply_rotary(k, rotate[1])
 
 
 class AttentionCore(nn.Module):
@@ -50,6 +20,10 @@ class AttentionCore(nn.Module):
 
     A core is configured in its constructor, copied once per layer and holds no state between calls.
     """
+
+    #: Whether `rotate` is the first thing that happens to q and k: a processor then does it in the core's place, in
+    #: one pass with the norms. A subclass that does anything to q or k before has to set it to False.
+    rotates_first = False
 
     def forward(
         self,

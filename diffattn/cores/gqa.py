@@ -1,6 +1,6 @@
 """Softmax attention whose query heads share key/value heads."""
 
-from diffattn.cores.base import AttentionCore, apply_rotary
+from diffattn.cores.base import AttentionCore, rotate_heads
 from diffattn.kernels import gqa_attention
 
 
@@ -18,6 +18,8 @@ class GroupedQueryAttention(AttentionCore):
     Raises: ValueError for a precision other than None or a number of heads that is not positive.
     """
 
+    rotates_first = True
+
     def __init__(self, kv_heads: int | None = None, precision: str | None = None):
         super().__init__()
         if kv_heads is not None and (not isinstance(kv_heads, int) or kv_heads < 1):
@@ -28,8 +30,7 @@ class GroupedQueryAttention(AttentionCore):
         self.precision = precision
 
     def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
-        if rotate is not None:
-            q, k = apply_rotary(q, rotate[0]), apply_rotary(k, rotate[1])
+        q, k = rotate_heads(q, k, rotate)
         if self.kv_heads is not None and k.shape[2] != self.kv_heads:
             # Pooling the projections' outputs equals pooling their weights, and LoRA on them still acts.
             k, v = (t.unflatten(2, (self.kv_heads, -1)).mean(3) for t in (k, v))

@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from diffattn.cores.base import AttentionCore, apply_rotary
+from diffattn.cores.base import AttentionCore, rotate_heads
 
 
 class SoftmaxAttention(AttentionCore):
@@ -11,9 +11,10 @@ class SoftmaxAttention(AttentionCore):
     The core of layers that stay as they are: on a stock softmax layer it makes the very same call.
     """
 
+    rotates_first = True
+
     def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
-        if rotate is not None:
-            q, k = apply_rotary(q, rotate[0]), apply_rotary(k, rotate[1])
+        q, k = rotate_heads(q, k, rotate)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         grouped = k.shape[1] != q.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)

@@ -7,5 +7,6 @@ key/value heads are never repeated.
 from diffattn.kernels._backend import exporting
 from diffattn.kernels.gqa_attention import gqa_attention
 from diffattn.kernels.linear_attention import linear_attention
+from diffattn.kernels.qk_norm_rope import Rotary, apply_rotary, qk_norm_rope
 
-__all__ = ["exporting", "gqa_attention", "linear_attention"]
+__all__ = ["Rotary", "apply_rotary", "exporting", "gqa_attention", "linear_attention", "qk_norm_rope"]

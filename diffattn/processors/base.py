@@ -5,7 +5,8 @@ import inspect
 
 from torch import Tensor, nn
 
-from diffattn.cores import AttentionCore, GroupedQueryAttention, SoftmaxAttention
+from diffattn.cores import AttentionCore, GroupedQueryAttention, SoftmaxAttention, rotate_heads
+from diffattn.kernels.qk_norm_rope import DTYPES, qk_norm_rope, runs_fused
 
 
 class CoreAttnProcessor(nn.Module):
@@ -73,10 +74,19 @@ class CoreAttnProcessor(nn.Module):
 def project(attn: nn.Module, hidden_states: Tensor, context: Tensor | None, *, norm_all_heads: bool = False):
     """Project to q (B, N, H, D), k and v (B, M, Hkv, D), with the layer's query/key norms.
 
+    For layers without rotary embedding; with one, `project_heads` and `norm_and_rotate`.
+
     Args:
         context: what keys and values come from; None is `hidden_states`.
         norm_all_heads: the norms run over all heads at once, before the split into heads.
     """
+    q, k, v = project_heads(attn, hidden_states, context)
+    q, k = normalize(q, k, (attn.norm_q, attn.norm_k), all_heads=norm_all_heads)
+    return q, k, v
+
+
+def project_heads(attn: nn.Module, hidden_states: Tensor, context: Tensor | None):
+    """`project` without the norms."""
     if not attn.fused_projections:
         source = hidden_states if context is None else context
         q, k, v = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
@@ -85,22 +95,79 @@ def project(attn: nn.Module, hidden_states: Tensor, context: Tensor | None, *, n
     else:
         q = attn.to_q(hidden_states)
         k, v = attn.to_kv(context).chunk(2, dim=-1)
-
     head_dim = q.shape[-1] // attn.heads
-    if norm_all_heads:
-        q, k = _norm(attn, q, k)
-    q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in (q, k, v))
-    if not norm_all_heads:
-        q, k = _norm(attn, q, k)
-    return q, k, v
+    return tuple(t.unflatten(-1, (-1, head_dim)) for t in (q, k, v))
 
 
-def _norm(attn: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    if attn.norm_q is not None:
-        q = attn.norm_q(q)
-    if attn.norm_k is not None:
-        k = attn.norm_k(k)
-    return q, k
+def norm_and_rotate(core: AttentionCore, q: Tensor, k: Tensor, norms, rotate=None, *, all_heads: bool = False):
+    """Apply a layer's query/key norms, and its rotary embedding if the core would begin with that.
+
+    One kernel for all of it in eager mode on a GPU, without gradients; else what the stock processor does, step by
+    step. A processor calls it between its projections and its core:
+
+        q, k, v = project_heads(attn, hidden_states, context)
+        q, k, rotate = norm_and_rotate(self.core, q, k, (attn.norm_q, attn.norm_k), rotate)
+        out = self.core(q, k, v, rotate=rotate)
+
+    Args:
+        core: what attends. Only `core.rotates_first` matters, so streams that are joined later (text and image,
+            each with its norms and its part of the tables) all rotate here or none does.
+        q, k: (B, N, H, D) and (B, M, Hkv, D).
+        norms: the modules that normalize q and k, or None.
+        rotate: what the core takes as `rotate`.
+        all_heads: the norms run over all heads of a token at once.
+    Returns: q, k and what is left of `rotate` for the core: None, or all of it.
+    """
+    if not core.rotates_first:
+        return *normalize(q, k, norms, all_heads=all_heads), rotate
+    return *normalize(q, k, norms, rotate, all_heads=all_heads), None
+
+
+def normalize(q: Tensor, k: Tensor, norms, rotate=None, *, all_heads: bool = False) -> tuple[Tensor, Tensor]:
+    """The norms of q and k, then the rotation: `norm_and_rotate` whatever the core."""
+    norm_q, norm_k = norms
+    if norm_q is None and norm_k is None:
+        return rotate_heads(q, k, rotate)
+    weights = (getattr(norm, "weight", None) for norm in norms)
+    if q.dtype == k.dtype and runs_fused(q, k, *weights):
+        if _is_rms_norm(norm_q, q, all_heads) and _is_rms_norm(norm_k, k, all_heads):
+            fused = [None if norm is None else (norm.weight, norm.eps) for norm in norms]
+            return qk_norm_rope(q, k, norms=fused, rotate=rotate, across_heads=all_heads)
+    return rotate_heads(_call_norm(norm_q, q, all_heads), _call_norm(norm_k, k, all_heads), rotate)
+
+
+# Each class with the attribute that holds its shape. By name, so that diffusers is not imported for it.
+_RMS_NORMS = {
+    "diffusers.models.normalization.RMSNorm": "dim",
+    "torch.nn.modules.normalization.RMSNorm": "normalized_shape",
+}
+
+
+def _is_rms_norm(norm: nn.Module | None, x: Tensor, all_heads: bool) -> bool:
+    """Whether a module is nothing but an RMS norm of x: then its weight and eps say what it computes.
+
+    Subclasses, hooks and an offloader's `forward` may do more; such modules have to be called.
+    """
+    if norm is None:
+        return True
+    shape = _RMS_NORMS.get(f"{type(norm).__module__}.{type(norm).__qualname__}")
+    features = x.shape[2] * x.shape[3] if all_heads else x.shape[3]
+    return (
+        shape is not None
+        and getattr(norm, shape) == (features,)
+        and norm.eps is not None
+        and getattr(norm, "bias", None) is None
+        and (norm.weight is None or norm.weight.dtype in DTYPES)
+        and not (norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm))
+    )
+
+
+def _call_norm(norm: nn.Module | None, x: Tensor, all_heads: bool) -> Tensor:
+    if norm is None:
+        return x
+    if all_heads:
+        return norm(x.flatten(2)).unflatten(-1, x.shape[2:])
+    return norm(x)
 
 
 def output(attn: nn.Module, hidden_states: Tensor) -> Tensor:

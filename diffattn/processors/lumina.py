@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from diffattn.cores import Rotary
-from diffattn.processors.base import CoreAttnProcessor, output, project
+from diffattn.processors.base import CoreAttnProcessor, norm_and_rotate, output, project_heads
 
 
 class Lumina2AttnProcessor(CoreAttnProcessor):
@@ -22,10 +22,11 @@ class Lumina2AttnProcessor(CoreAttnProcessor):
         image_rotary_emb: Tensor | None = None,
         base_sequence_length: int | None = None,
     ) -> Tensor:
-        q, k, v = project(attn, hidden_states, encoder_hidden_states)
+        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
         rotary = complex_rotary(image_rotary_emb)
-        scale = proportional_scale(attn, q.shape[1], base_sequence_length)
         rotate = None if rotary is None else (rotary, rotary)
+        q, k, rotate = norm_and_rotate(self.core, q, k, (attn.norm_q, attn.norm_k), rotate)
+        scale = proportional_scale(attn, q.shape[1], base_sequence_length)
         return output(attn, self.core(q, k, v, mask=key_padding_mask(attention_mask), scale=scale, rotate=rotate))
 
     @classmethod
@@ -50,7 +51,7 @@ class LuminaNextAttnProcessor(CoreAttnProcessor):
     ) -> Tensor:
         if hidden_states.dim() == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        q, k, v = project(attn, hidden_states, encoder_hidden_states, norm_all_heads=True)
+        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
         rotate, scale = None, None
         if query_rotary_emb is not None:
             rotary = complex_rotary(query_rotary_emb)
@@ -58,6 +59,7 @@ class LuminaNextAttnProcessor(CoreAttnProcessor):
             rotate = (rotary, rotary if same else complex_rotary(key_rotary_emb))
         if key_rotary_emb is not None:
             scale = proportional_scale(attn, q.shape[1], base_sequence_length)
+        q, k, rotate = norm_and_rotate(self.core, q, k, (attn.norm_q, attn.norm_k), rotate, all_heads=True)
         return self.core(q, k, v, mask=key_padding_mask(attention_mask), scale=scale, rotate=rotate)
 
 

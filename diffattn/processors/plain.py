@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffattn.processors.base import CoreAttnProcessor, broadcast_mask, output, project
+from diffattn.processors.base import CoreAttnProcessor, broadcast_mask, norm_and_rotate, output, project_heads
 
 
 class PlainAttnProcessor(CoreAttnProcessor):
@@ -40,9 +40,10 @@ class PlainAttnProcessor(CoreAttnProcessor):
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         if context is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        q, k, v = project(attn, hidden_states, context, norm_all_heads=norm_all_heads)
-        rotate = None if rotary is None else (rotary, None if attn.is_cross_attention else rotary)
         core = self.core_for(context)
+        q, k, v = project_heads(attn, hidden_states, context)
+        rotate = None if rotary is None else (rotary, None if attn.is_cross_attention else rotary)
+        q, k, rotate = norm_and_rotate(core, q, k, (attn.norm_q, attn.norm_k), rotate, all_heads=norm_all_heads)
         hidden_states = output(attn, core(q, k, v, mask=mask, scale=layer_scale(attn), rotate=rotate))
 
         if len(shape) == 4:

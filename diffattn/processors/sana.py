@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from diffattn.cores import LinearAttention, Rotary
-from diffattn.processors.base import CoreAttnProcessor, output, project
+from diffattn.processors.base import CoreAttnProcessor, norm_and_rotate, output, project, project_heads
 from diffattn.processors.plain import PlainAttnProcessor
 
 
@@ -50,12 +50,13 @@ class SanaVideoAttnProcessor(CoreAttnProcessor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         refuse_mask(self, attention_mask)
-        q, k, v = project(attn, hidden_states, encoder_hidden_states, norm_all_heads=True)
+        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
         rotate = None
         if rotary_emb is not None:
             cos, sin = (t.squeeze(0).squeeze(-2) for t in rotary_emb)  # [N, D], each angle twice
             rotary = Rotary(cos[..., 0::2], sin[..., 1::2])
             rotate = (rotary, rotary)
+        q, k, rotate = norm_and_rotate(self.core, q, k, (attn.norm_q, attn.norm_k), rotate, all_heads=True)
         return output(attn, self.core(q, k, v, rotate=rotate))
 
     @classmethod
