@@ -8,6 +8,7 @@ from torch import nn
 
 from diffattn import GroupedQueryAttention, LinearAttention, SoftmaxAttention
 from diffattn.cores import Rotary, apply_rotary
+from diffattn.kernels import gqa_attention
 
 B, N, M, H, HKV, D = 2, 9, 7, 4, 2, 8
 
@@ -133,13 +134,22 @@ def test_pooled_heads_equal_pooled_projections():
     torch.testing.assert_close(out, weigh((scores(q, pooled) * D**-0.5).softmax(-1), v_pooled))
 
 
+def test_int8_scores_are_another_mechanism():
+    """So the exact patch never takes them, and says that they are converted."""
+    core, exact = GroupedQueryAttention(precision="int8"), GroupedQueryAttention()
+    assert core.formula(H, HKV) != exact.formula(H, HKV)
+    q, k, v = (x.half() for x in qkv(kv_heads=HKV))
+    assert torch.equal(core(q, k, v), gqa_attention(q, k, v, precision="int8"))
+    assert not torch.equal(core(q, k, v), exact(q, k, v))
+
+
 @pytest.mark.parametrize(
     "make, match",
     [
         (lambda: LinearAttention("gelu"), "feature_map: got 'gelu'.*relu, elu1, softmax"),
         (lambda: LinearAttention(normalizer="max"), "normalizer: got 'max'"),
         (lambda: GroupedQueryAttention(kv_heads=0), "kv_heads: got 0"),
-        (lambda: GroupedQueryAttention(precision="int8"), "precision: got 'int8'"),
+        (lambda: GroupedQueryAttention(precision="int4"), "precision: got 'int4', expected None or 'int8'"),
         (lambda: GroupedQueryAttention(kv_heads=3).check(4, 4), "expected a divisor of the layer's 4"),
         (lambda: LinearAttention()(*qkv(), mask=torch.ones(B, 1, N, M, dtype=torch.bool)), r"expected \(B, 1, 1, M\)"),
         (

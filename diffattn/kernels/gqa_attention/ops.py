@@ -1,4 +1,4 @@
-"""The operators `diffattn::gqa_attention`, `_inference` and `_backward`: schemas, fakes, autograd.
+"""The operators `diffattn::gqa_attention`, `_inference`, `_int8` and `_backward`: schemas, fakes, autograd.
 
 They take a mask of 4 axes, each 1 or the full size, and their checks are the public function's.
 """
@@ -17,6 +17,11 @@ torch.library.define(
 # For calls that want no gradient: an autograd formula costs every call one more pass through Python, about 8 us.
 torch.library.define(
     "diffattn::gqa_attention_inference",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
+    tags=_TAGS,
+)
+torch.library.define(
+    "diffattn::gqa_attention_int8",
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
     tags=_TAGS,
 )
@@ -62,6 +67,19 @@ def _inference(q, k, v, mask, scale):
 
 
 @torch.library.register_fake("diffattn::gqa_attention_inference")
+def _(q, k, v, mask, scale):
+    return q.new_empty(*q.shape[:3], v.shape[-1])
+
+
+@torch.library.impl("diffattn::gqa_attention_int8", ("cpu", "cuda"))
+def _int8(q, k, v, mask, scale):
+    _check_device(q)
+    from diffattn.kernels.gqa_attention.triton_int8 import gqa_attention_int8_fwd
+
+    return gqa_attention_int8_fwd(q, k, v, mask, scale)
+
+
+@torch.library.register_fake("diffattn::gqa_attention_int8")
 def _(q, k, v, mask, scale):
     return q.new_empty(*q.shape[:3], v.shape[-1])
 

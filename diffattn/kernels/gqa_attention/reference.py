@@ -2,6 +2,8 @@
 
 import torch
 
+from diffattn.kernels.gqa_attention.int8 import rotation_group
+
 
 def gqa_attention_reference(q, k, v, mask=None, scale=None):
     """o_n = sum_m softmax_m(scale q_n . k_m + mask_nm) v_m, key/value head h // (H / Hkv) for query head h.
@@ -31,6 +33,34 @@ def gqa_attention_reference(q, k, v, mask=None, scale=None):
         weights = _masked_softmax(scores.reshape(B, H, N, M), mask).reshape(scores.shape)
     out = weights @ v.to(dtype).transpose(1, 2)  # [B, Hkv, H / Hkv * N, E]
     return out.reshape(B, H, N, E).transpose(1, 2).to(q.dtype)
+
+
+def gqa_attention_int8_reference(q, k, v, mask=None, scale=None):
+    """`gqa_attention_reference` of queries and keys that were rounded to int8, as the kernel rounds them.
+
+    Keys lose their mean over tokens, which adds the same number to all scores of a query, and which holds most of
+    the outliers that channels of keys have (SageAttention, Zhang et al. 2024). Queries and keys are then rotated by
+    Hadamard's matrix, which leaves their products alone and spreads what is left of outliers over as many features
+    as `rotation_group` says (QuaRot, Ashkboos et al. 2024). Every row is divided by a scale that makes its largest
+    element 127, and rounded.
+    """
+    D = q.shape[-1]
+    scale = D**-0.5 if scale is None else scale
+    centered = k.float() - k.float().mean(dim=1, keepdim=True)
+    return gqa_attention_reference(_rounded_to_int8(q.float()), _rounded_to_int8(centered), v.float(), mask, scale).to(
+        q.dtype
+    )
+
+
+def _rounded_to_int8(x):
+    """x after the rotation, its rows rounded to 255 steps."""
+    group = rotation_group(x.shape[-1])
+    turn = torch.ones(1, 1, dtype=x.dtype, device=x.device)
+    while turn.shape[0] < group:
+        turn = torch.cat([torch.cat([turn, turn], dim=1), torch.cat([turn, -turn], dim=1)])
+    x = (x.unflatten(-1, (-1, group)) @ (turn * group**-0.5)).flatten(-2)
+    step = x.abs().amax(dim=-1, keepdim=True) / 127
+    return (x / torch.where(step == 0, 1.0, step)).round() * step
 
 
 def _masked_softmax(scores, mask):

@@ -37,6 +37,8 @@ def _fwd_step(
     p_k,
     p_v,
     p_mask,
+    p_k_scale,
+    b_scale,
     m_r,
     scale,
     M,
@@ -59,18 +61,24 @@ def _fwd_step(
     TAIL: tl.constexpr,
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
+    INT8: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One block of keys. TAIL: the block reaches past the last key."""
+    """One block of keys. TAIL: the block reaches past the last key. INT8: b_scale are the scales of the rows."""
     o_m = i_m + tl.arange(0, BM)
     b_k = load_block(
         p_k, i_b, i_kv, i_m, M, stride_kb, stride_km, stride_kh, stride_kd, D, BD, BM, TAIL, TMA, WIDE
     )  # [BM, BD]
-    b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BN, BM]
-    if MASK != 0 or TAIL:
-        b_x *= scale
+    if INT8:
+        b_k_scale = tl.load(p_k_scale + o_m, mask=o_m < M, other=0.0) if TAIL else tl.load(p_k_scale + o_m)
+        b_x = tl.dot(b_q, tl.trans(b_k)).to(tl.float32) * b_k_scale[None, :] * b_scale[:, None]
         scale = 1.0
+    else:
+        b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BN, BM]
+        if MASK != 0 or TAIL:
+            b_x *= scale
+            scale = 1.0
     if MASK != 0:
         m_edge = (o_m < M)[None, :]
         if MASK_ROWS:
@@ -105,6 +113,8 @@ def gqa_attention_fwd_kernel(
     p_residual,
     p_top,
     p_rsum,
+    p_q_scale,
+    p_k_scale,
     scale,
     N,
     M,
@@ -138,10 +148,14 @@ def gqa_attention_fwd_kernel(
     RESIDUAL: tl.constexpr,
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
+    INT8: tl.constexpr,
     TMA: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One tile of BN packed query rows against every key of their head. scale includes log2(e)."""
+    """One tile of BN packed query rows against every key of their head. scale includes log2(e).
+
+    INT8: q and k are int8, with a scale for every row, (B, heads, tokens up to a multiple of 4), that include scale.
+    """
     i_row = tl.program_id(0) % tl.cdiv(G * N, BN)
     i_bh = (tl.program_id(0) // tl.cdiv(G * N, BN)).to(tl.int64)
     i_b = i_bh // Hkv
@@ -160,9 +174,14 @@ def gqa_attention_fwd_kernel(
         mask=m_r[:, None] & (o_d < D)[None, :],
         other=0.0,
     )  # [BN, BD]
-    # The maximum is taken before the scale is applied, so the scale has to be positive.
-    b_q = tl.where(scale < 0, -b_q, b_q)
-    scale = tl.abs(scale)
+    if INT8:
+        b_scale = tl.load(p_q_scale + (i_b * Hkv * G + o_h) * (tl.cdiv(N, 4) * 4) + o_n, mask=m_r, other=0.0)  # [BN]
+        p_k_scale += i_bh * (tl.cdiv(M, 4) * 4)
+    else:
+        # The maximum is taken before the scale is applied, so the scale has to be positive.
+        b_q = tl.where(scale < 0, -b_q, b_q)
+        scale = tl.abs(scale)
+        b_scale = scale
     p_mask += i_b * stride_mask_b
     if MASK_ROWS:
         p_mask = p_mask + (o_h * stride_mask_h + o_n * stride_mask_n)[:, None]
@@ -173,17 +192,17 @@ def gqa_attention_fwd_kernel(
     M_full = M // BM * BM
     for i_m in range(0, M_full, BM):
         b_acc, b_l, b_m = _fwd_step(
-            b_acc, b_l, b_m, b_q, i_b, i_kv, i_m, p_k, p_v, p_mask, m_r, scale, M,
+            b_acc, b_l, b_m, b_q, i_b, i_kv, i_m, p_k, p_v, p_mask, p_k_scale, b_scale, m_r, scale, M,
             stride_kb, stride_km, stride_kh, stride_kd, stride_vb, stride_vm, stride_vh, stride_ve, stride_mask_m,
-            D, E, BD, BE, BM, MASK, MASK_ROWS, False, SHIFT, PRECISION, TMA, WIDE,
+            D, E, BD, BE, BM, MASK, MASK_ROWS, False, SHIFT, PRECISION, INT8, TMA, WIDE,
         )  # fmt: skip
     # A loop of one turn, not an `if`: Triton 3.6 and 3.7 copy the accumulator for the two branches of an `if` before
     # they wait for the products that are still being added to it.
     for i_m in tl.range(M_full, M, BM, num_stages=1):
         b_acc, b_l, b_m = _fwd_step(
-            b_acc, b_l, b_m, b_q, i_b, i_kv, i_m, p_k, p_v, p_mask, m_r, scale, M,
+            b_acc, b_l, b_m, b_q, i_b, i_kv, i_m, p_k, p_v, p_mask, p_k_scale, b_scale, m_r, scale, M,
             stride_kb, stride_km, stride_kh, stride_kd, stride_vb, stride_vm, stride_vh, stride_ve, stride_mask_m,
-            D, E, BD, BE, BM, MASK, MASK_ROWS, True, SHIFT, PRECISION, TMA, WIDE,
+            D, E, BD, BE, BM, MASK, MASK_ROWS, True, SHIFT, PRECISION, INT8, TMA, WIDE,
         )  # fmt: skip
 
     # l is 0 in a row with every key masked: its output, and later its gradients, are 0.
@@ -223,10 +242,12 @@ def _config(dtype, width, masked):
     return (rows, max(16, keys // 2), warps, 2) if masked else (rows, keys, warps, stages)
 
 
-def gqa_attention_fwd(q, k, v, mask, scale, training, config=None):
+def gqa_attention_fwd(q, k, v, mask, scale, training, config=None, row_scales=None):
     """Launch the forward kernel.
 
     Args: as the operator `diffattn::gqa_attention`; mask has 4 axes. config: (rows, keys, warps, stages).
+            row_scales: where q and k are int8, the scales of their rows as `triton_int8.quantize` makes them; D and
+            the width of v may then differ by what int8 rows are padded.
     Returns: out (B, N, H, E); with `training` also stats (2, B, H, N) float32, which hold each row's maximum in
         log2 units and the reciprocal of its sum, and, in half precision, the residual that rounding took from
         out, in the dtype of out. Else both are None.
@@ -234,13 +255,14 @@ def gqa_attention_fwd(q, k, v, mask, scale, training, config=None):
     B, N, H, D = q.shape
     M, Hkv, E = v.shape[1:]
     G = H // Hkv
-    out = q.new_empty(B, N, H, E)
-    stats = q.new_empty((2, B, H, N), dtype=torch.float32) if training else None
-    residual = torch.empty_like(out) if training and q.dtype.itemsize < 4 else None
+    out = v.new_empty(B, N, H, E)
+    stats = v.new_empty((2, B, H, N), dtype=torch.float32) if training else None
+    residual = torch.empty_like(out) if training and v.dtype.itemsize < 4 else None
     if out.numel() == 0:
         return out, stats, residual
-    width = head_block(D, E)
-    rows, keys, warps, stages = config or _config(q.dtype, width, mask is not None)
+    # Products of int8 take 32 features at a time.
+    width = head_block(D, E, 16 if row_scales is None else 32)
+    rows, keys, warps, stages = config or _config(v.dtype, width, mask is not None)
     # A few queries do not fill the tile.
     rows = min(rows, head_block(G * N))
     (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))
@@ -254,6 +276,7 @@ def gqa_attention_fwd(q, k, v, mask, scale, training, config=None):
             out if residual is None else residual,
             stats[0] if training else out,
             stats[1] if training else out,
+            *(row_scales or (out, out)),
             scale * LOG2E,
             N,
             M,
@@ -273,8 +296,9 @@ def gqa_attention_fwd(q, k, v, mask, scale, training, config=None):
             MASK_ROWS=mask_has_rows(mask),
             TRAINING=training,
             RESIDUAL=residual is not None,
-            SHIFT=prob_shift(q.dtype),
-            PRECISION=dot_precision(q.dtype),
+            SHIFT=prob_shift(v.dtype),
+            PRECISION=dot_precision(v.dtype),
+            INT8=row_scales is not None,
             **loads,
             num_warps=warps if rows >= 64 else 4,
             num_stages=stages,
