@@ -1,11 +1,12 @@
 """RMS norm and rotary position embedding of queries and keys, in one pass over both.
 
-What runs where, with `config.backend` at `"auto"`:
+What runs where:
 
 - CUDA in eager mode, no gradient wanted: the Triton kernel, one launch for q and k.
-- A gradient wanted: plain torch, which is differentiable.
-- torch.compile and exports: plain torch, which inductor fuses and for which ONNX has operators.
-- CPU: plain torch.
+- A gradient wanted: plain torch, which is differentiable. So with `config.backend` at `"triton"`, too: the kernel
+  has no backward.
+- torch.compile and exports: plain torch, which inductor fuses and for which ONNX has operators. So with `"triton"`.
+- CPU: plain torch; with `"triton"`, the interpreter or an error.
 """
 
 import math
@@ -14,10 +15,16 @@ import numbers
 import torch
 from torch import Tensor
 
+from diffattn.kernels._backend import use_triton
 from diffattn.kernels._checks import DTYPES, shape_of
+from diffattn.kernels.qk_norm_rope import ops as ops  # registers the operator
 from diffattn.kernels.qk_norm_rope.reference import Rotary, apply_rotary, norm_rope_reference
 
 __all__ = ["DTYPES", "Rotary", "apply_rotary", "qk_norm_rope", "runs_fused"]
+
+# Larger heads, and with a norm across heads larger tokens, take plain torch: one program reads all of one.
+MAX_HEAD_DIM = 1024
+MAX_FEATURES = 16384
 
 
 def runs_fused(q: Tensor, *others: Tensor | None) -> bool:
@@ -31,7 +38,7 @@ def runs_fused(q: Tensor, *others: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others)):
         return False
-    return False  # until the kernel is there
+    return use_triton(q)
 
 
 def qk_norm_rope(q, k=None, *, norms=None, rotate=None, across_heads=False):
@@ -52,21 +59,42 @@ def qk_norm_rope(q, k=None, *, norms=None, rotate=None, across_heads=False):
         between norm and rotation, where a model that runs the two as modules does. A tensor with neither comes
         back as it is.
     Raises: TypeError or ValueError, naming the argument, what came and what would fit. RuntimeError if
-        `config.backend` is `"triton"` and the kernel cannot run.
+        `config.backend` is `"triton"` and the kernel cannot run where by the list above it would.
     """
     q_norm, k_norm = _pair("norms", norms)
     q_rotary, k_rotary = _pair("rotate", rotate)
     q_rotary = _check("q", q, q, q_norm, q_rotary, across_heads)
-    if k is None:
-        if k_norm is not None or k_rotary is not None:
-            raise ValueError("k: got None, expected a tensor: norms or rotate has an entry for it")
-        return _plain(q, q_norm, q_rotary, across_heads)
-    k_rotary = _check("k", k, q, k_norm, k_rotary, across_heads)
-    return _plain(q, q_norm, q_rotary, across_heads), _plain(k, k_norm, k_rotary, across_heads)
+    if k is not None:
+        k_rotary = _check("k", k, q, k_norm, k_rotary, across_heads)
+    elif k_norm is not None or k_rotary is not None:
+        raise ValueError("k: got None, expected a tensor: norms or rotate has an entry for it")
+    entries = [(q, q_norm, q_rotary), (k, k_norm, k_rotary)]
+    work = [entry for entry in entries if entry[1] is not None or entry[2] is not None]
+    weights = (norm[0] for _, norm, _ in work if norm is not None)
+    if work and all(_fits(x, across_heads) for x, _, _ in work) and runs_fused(*(x for x, _, _ in work), *weights):
+        done = iter(_launch(across_heads, *work))
+    else:
+        done = (norm_rope_reference(*entry, across_heads) for entry in work)
+    q, k = (x if norm is None and rotary is None else next(done) for x, norm, rotary in entries)
+    return q if k is None else (q, k)
 
 
-def _plain(x, norm, rotary, across_heads):
-    return x if norm is None and rotary is None else norm_rope_reference(x, norm, rotary, across_heads)
+def _fits(x, across_heads):
+    return x.shape[3] <= MAX_HEAD_DIM and not (across_heads and x.shape[2] * x.shape[3] > MAX_FEATURES)
+
+
+def _launch(across_heads, first, second=(None, None, None)):
+    """Run the operator on one or two entries (x, norm, rotary)."""
+    x, x_norm, x_rotary = first
+    y, y_norm, y_rotary = second
+    x_weight, x_eps = x_norm or (None, None)
+    y_weight, y_eps = y_norm or (None, None)
+    x_cos, x_sin, x_interleaved = x_rotary or (None, None, True)
+    y_cos, y_sin, y_interleaved = y_rotary or (None, None, True)
+    return torch.ops.diffattn.qk_norm_rope(
+        x, y, x_weight, y_weight, x_eps, y_eps, x_cos, x_sin, y_cos, y_sin, not x_interleaved, not y_interleaved,
+        across_heads,
+    )  # fmt: skip
 
 
 def _pair(name, pair):

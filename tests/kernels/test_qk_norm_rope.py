@@ -1,0 +1,464 @@
+"""RMS norm and rotary embedding of q and k: the Triton kernel and the torch path against the equation in float64."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffattn import config
+from diffattn.kernels import Rotary, qk_norm_rope
+from diffattn.kernels.qk_norm_rope.reference import norm_rope_reference
+
+# Relative Frobenius error. The result is rounded once: 1.63e-3 in bfloat16, 2.0e-4 in float16.
+BUDGET = {torch.float32: 1e-5, torch.float16: 4e-4, torch.bfloat16: 2.5e-3}
+
+float32, float16 = torch.float32, torch.float16
+bfloat16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+DTYPES = [float32, float16, bfloat16]
+
+# B, N, M, H, Hkv, D, rotated features: one token and odd numbers of them, padded heads, partial rotation.
+SHAPES = [
+    (2, 1, 1, 1, 1, 2, 2),
+    (1, 1, 63, 5, 1, 8, 8),
+    (2, 63, 5, 5, 5, 8, 4),
+    (1, 20, 33, 3, 2, 5, 2),
+    (1, 100, 7, 4, 2, 40, 40),
+    (1, 63, 9, 2, 2, 64, 32),
+    (1, 33, 33, 2, 1, 72, 72),
+    (1, 9, 20, 24, 8, 96, 96),
+    (2, 7, 9, 5, 1, 112, 56),
+    (1, 17, 17, 3, 3, 128, 128),
+    (1, 5, 6, 2, 1, 256, 256),
+]
+# N, heads, D of a norm across heads: 2240 features, one step of heads and several, more heads than fit one.
+ACROSS = [(1, 1, 8), (63, 5, 8), (7, 5, 40), (5, 20, 112), (3, 40, 128), (9, 24, 64), (2, 70, 32), (3, 3, 5)]
+
+
+@pytest.fixture(params=["auto", "torch", "triton"])
+def any_backend(request):
+    before, config.backend = config.backend, request.param
+    yield request.param
+    config.backend = before
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def tables(N, R, interleaved=True, device="cpu", dtype=float32, batch=()):
+    angles = rand(*batch, N, R // 2, seed=5) * 3
+    return Rotary(angles.cos().to(device, dtype), angles.sin().to(device, dtype), interleaved)
+
+
+def make(B, N, M, H, Hkv, D, R, *, interleaved=True, across=False, dtype=float32, device="cpu"):
+    """Arguments of `qk_norm_rope`."""
+
+    def norm(heads, seed):
+        weight = 1 + 0.3 * rand(heads * D if across else D, seed=seed)
+        return weight.to(device, dtype), 1e-5
+
+    q, k = (rand(B, n, heads, D).to(device, dtype) for n, heads in ((N, H), (M, Hkv)))
+    rotate = (tables(N, R, interleaved, device), tables(M, R, interleaved, device)) if R else None
+    return dict(q=q, k=k, norms=(norm(H, 1), norm(Hkv, 2)), rotate=rotate, across_heads=across)
+
+
+def double(t):
+    return None if t is None else t.detach().double()
+
+
+def exact(q, k=None, norms=(None, None), rotate=(None, None), across_heads=False):
+    """The equation in float64, for each of q and k."""
+    for x, norm, rotary in zip((q, k), norms or (None, None), rotate or (None, None), strict=True):
+        if norm is not None:
+            norm = double(norm[0]), norm[1]
+        if rotary is not None:
+            rotary = Rotary(double(rotary[0]), double(rotary[1]), rotary[2])
+        yield None if x is None else norm_rope_reference(double(x), norm, rotary, across_heads)
+
+
+def relative_error(actual, expected):
+    norm = expected.norm()
+    return ((actual.double() - expected).norm() / (norm if norm > 0 else 1.0)).item()
+
+
+def assert_accurate(**arguments):
+    outs = qk_norm_rope(**arguments)
+    for out, x, expected in zip(outs, (arguments["q"], arguments["k"]), exact(**arguments), strict=True):
+        # Not "error > budget": a NaN has to fail.
+        assert relative_error(out, expected) <= BUDGET[x.dtype]
+        assert out.dtype == x.dtype and out.shape == x.shape
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("R", [8, 4, 0])
+def test_reference_is_the_equation(R, interleaved, across):
+    B, N, H, D = 2, 5, 3, 8
+    x, weight, angles = rand(B, N, H, D).double(), rand(H * D if across else D).double(), rand(N, R // 2).double()
+    rotary = Rotary(angles.cos(), angles.sin(), interleaved) if R else None
+    expected = x.clone()
+    for b in range(B):
+        for n in range(N):
+            for h in range(H):
+                mean = x[b, n].square().mean() if across else x[b, n, h].square().mean()
+                y = x[b, n, h] / (mean + 0.1).sqrt() * (weight.view(H, D)[h] if across else weight)
+                expected[b, n, h] = y
+                for i in range(R // 2):
+                    first, second = (2 * i, 2 * i + 1) if interleaved else (i, i + R // 2)
+                    turned = torch.complex(y[first], y[second]) * torch.polar(torch.ones(()).double(), angles[n, i])
+                    expected[b, n, h, first], expected[b, n, h, second] = turned.real, turned.imag
+    torch.testing.assert_close(norm_rope_reference(x, (weight, 0.1), rotary, across), expected)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_matches_float64(shape, dtype, interleaved, device, triton_backend):
+    assert_accurate(**make(*shape, interleaved=interleaved, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("interleaved", [True, False, None])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ACROSS, ids=str)
+def test_triton_matches_float64_across_heads(shape, dtype, interleaved, device, triton_backend):
+    N, H, D = shape
+    R = 0 if interleaved is None else D // 2 * 2
+    shape = (2, N, N + 1, H, max(1, H // 2), D, R)
+    assert_accurate(**make(*shape, interleaved=interleaved, across=True, dtype=dtype, device=device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape, across",
+    [
+        ((2, 4352, 4352, 24, 8, 96, 96), False),
+        ((1, 4608, 4096, 24, 24, 128, 128), False),
+        ((1, 1025, 1500, 16, 16, 72, 40), False),
+        ((1, 3001, 3001, 40, 40, 128, 128), True),
+        ((2, 1100, 1100, 20, 20, 112, 112), True),
+        ((1, 999, 999, 70, 70, 32, 32), True),
+    ],
+    ids=str,
+)
+def test_triton_matches_float64_at_image_sizes(shape, across, dtype, interleaved, device, triton_backend):
+    assert_accurate(**make(*shape, interleaved=interleaved, across=across, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("shape", SHAPES[1::3], ids=str)
+def test_dispatch_matches_float64(shape, across, backend, device, monkeypatch):
+    monkeypatch.setattr(config, "backend", backend)
+    for dtype in (float32, float16):
+        assert_accurate(**make(*shape, across=across, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_norm_and_rotation_each_alone(across, device, any_backend):
+    arguments = make(2, 9, 5, 4, 2, 16, 8, across=across, dtype=float16, device=device)
+    q_rotary, k_rotary = arguments["rotate"]
+    (q_weight, eps), k_norm = arguments["norms"]
+    assert_accurate(**arguments | {"norms": None})
+    assert_accurate(**arguments | {"rotate": None})
+    assert_accurate(**arguments | {"norms": ((None, eps), k_norm)})
+    assert_accurate(**arguments | {"norms": (None, k_norm), "rotate": (q_rotary, None)})
+    assert_accurate(**arguments | {"norms": ((q_weight, 0.5), k_norm), "rotate": (None, k_rotary)})
+    # Pairs of another kind for each.
+    assert_accurate(**arguments | {"rotate": (q_rotary, k_rotary._replace(interleaved=False))})
+
+
+def test_what_has_nothing_to_do_comes_back(device, any_backend):
+    arguments = make(2, 9, 5, 4, 2, 16, 16, device=device)
+    q, k, (rotary, _) = arguments["q"], arguments["k"], arguments["rotate"]
+    assert qk_norm_rope(q) is q
+    assert qk_norm_rope(q, k, norms=(None, None), rotate=(None, None)) == (q, k)
+    rotated, same = qk_norm_rope(q, k, rotate=(rotary, None))
+    assert same is k and torch.equal(qk_norm_rope(q, rotate=(rotary, None)), rotated)
+    same, rotated = qk_norm_rope(k, q, rotate=(None, rotary))
+    assert same is k and torch.equal(qk_norm_rope(q, rotate=(rotary, None)), rotated)
+
+
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("extra", [0, 1, 8])
+def test_strided_inputs(extra, interleaved, across, device, any_backend):
+    """Parts of a fused projection whose rows start where loads like it and where they do not; other storage orders."""
+    arguments = make(2, 9, 9, 4, 2, 16, 16, interleaved=interleaved, across=across, device=device)
+    B, N, H, Hkv, D = 2, 9, 4, 2, 16
+    fused = rand(B, N, (H + 2 * Hkv) * D + extra).to(device)[..., extra:]
+    q, k, _ = (x.unflatten(-1, (-1, D)) for x in fused.split((H * D, Hkv * D, Hkv * D), dim=-1))
+    assert_accurate(**arguments | {"q": q, "k": k})
+    k = k.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_accurate(**arguments | {"q": q.transpose(2, 3).contiguous().transpose(2, 3), "k": k})
+    assert_accurate(**arguments | {"q": q.flip(1), "k": k[:1, :, :1].expand(B, -1, Hkv, -1)})
+    assert_accurate(**arguments | {"q": q[..., ::2].repeat_interleave(2, dim=-1), "k": k})
+
+
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_tables_of_every_kind(interleaved, across, device, any_backend):
+    B, N, R = 2, 9, 8
+    arguments = make(B, N, N, 4, 2, 16, R, interleaved=interleaved, across=across, device=device)
+    freqs = torch.polar(torch.ones(B, N, R // 2), rand(B, N, R // 2)).to(device)
+    cos, sin = freqs.real, freqs.imag
+    for pair in (
+        (cos, sin),
+        (cos[0], sin[0]),
+        (cos[:1], sin[:1]),
+        (cos.contiguous(), sin.contiguous()),
+        (cos.contiguous(), sin),
+        (cos.half(), sin.half()),
+        (cos.double(), sin.double()),
+        (cos.contiguous().mT.contiguous().mT, sin.contiguous().mT.contiguous().mT),
+        (cos.repeat_interleave(2, dim=-1)[..., 0::2], sin.repeat_interleave(2, dim=-1)[..., 1::2]),
+    ):
+        rotary = Rotary(*pair, interleaved)
+        assert_accurate(**arguments | {"rotate": (rotary, rotary)})
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_weights_of_every_kind(across, device, any_backend):
+    arguments = make(1, 9, 9, 4, 4, 16, 16, across=across, dtype=float16, device=device)
+    weight = rand(128 if across else 32).to(device)
+    for w in (weight[::2], weight[::2].half(), weight[::2].double(), weight[:1].expand(weight.numel() // 2)):
+        assert_accurate(**arguments | {"norms": ((w, 1e-6), (w, 0))})
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_extreme_values(across, device, any_backend):
+    """float16 squares overflow and their mean underflows in float16, not in float32; a row of zeros stays zeros."""
+    arguments = make(1, 4, 4, 4, 4, 16, 16, across=across, dtype=float16, device=device)
+    q = arguments["q"].sign() * torch.tensor([300.0, 6e-5, 0.0, 1.0], device=device).half()[:, None, None]
+    assert_accurate(**arguments | {"q": q})
+    out, _ = qk_norm_rope(**arguments | {"q": q})
+    assert (out[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_what_does_not_rotate_passes_through(interleaved, device, any_backend):
+    q = rand(1, 5, 2, 16).to(device)
+    q[..., 9], q[..., 12] = torch.inf, torch.nan
+    out = qk_norm_rope(q, rotate=(tables(5, 8, interleaved, device), None))
+    assert torch.equal(out[..., 8:].nan_to_num(7.0), q[..., 8:].nan_to_num(7.0)) and out[..., :8].isfinite().all()
+    assert not torch.equal(out[..., :8], q[..., :8])
+
+
+def test_a_nan_stays_with_its_token_or_head(device, triton_backend):
+    for across in (True, False):
+        arguments = make(1, 20, 20, 5, 5, 16, 16, across=across, device=device)
+        arguments["q"][0, 7, 2, 3] = torch.nan
+        out, _ = qk_norm_rope(**arguments)
+        expected = torch.zeros(1, 20, 5, 16, dtype=torch.bool, device=device)
+        expected[0, 7, slice(None) if across else 2] = True
+        assert torch.equal(out.isnan(), expected)
+
+
+@pytest.mark.parametrize("N, B", [(0, 2), (5, 0)])
+def test_no_tokens(N, B, device, any_backend):
+    arguments = make(B, N, 5, 4, 2, 8, 8, device=device)
+    q, k = qk_norm_rope(**arguments)
+    assert q.shape == (B, N, 4, 8) and k.shape == (B, 5, 2, 8)
+
+
+@pytest.fixture
+def poisoned_memory():
+    fill, deterministic = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("across", [True, False])
+def test_every_element_is_written(across, interleaved, device, triton_backend, poisoned_memory):
+    assert_accurate(**make(2, 13, 5, 5, 2, 20, 12, interleaved=interleaved, across=across, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("across", [True, False])
+def test_runs_repeat_bit_for_bit(across, dtype, device, triton_backend):
+    arguments = make(2, 33, 20, 5, 2, 40, 40, across=across, dtype=dtype, device=device)
+    for a, b in zip(qk_norm_rope(**arguments), qk_norm_rope(**arguments), strict=True):
+        assert torch.equal(a, b) and a.is_contiguous()
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_gradients_reach_inputs_and_weights(across, device, any_backend):
+    """Whatever the backend: a call that wants gradients is plain torch."""
+    arguments = make(2, 5, 7, 4, 2, 8, 4, across=across, device=device)
+    (q_weight, eps), (k_weight, _) = arguments["norms"]
+    inputs = [x.requires_grad_() for x in (arguments["q"], arguments["k"], q_weight, k_weight)]
+    outs = qk_norm_rope(**arguments)
+    grads = torch.autograd.grad(sum(x.square().sum() * i for i, x in enumerate(outs, 1)), inputs)
+    copies = [x.detach().double().requires_grad_() for x in inputs]
+    rotate = [Rotary(double(r.cos), double(r.sin), r.interleaved) for r in arguments["rotate"]]
+    expected = [
+        norm_rope_reference(x, (w, eps), r, across) for x, w, r in zip(copies[:2], copies[2:], rotate, strict=True)
+    ]
+    expected = torch.autograd.grad(sum(x.square().sum() * i for i, x in enumerate(expected, 1)), copies)
+    assert all(relative_error(a, b) <= 1e-5 for a, b in zip(grads, expected, strict=True))
+    # The tables are constants.
+    rotary = Rotary(*(t.clone().requires_grad_() for t in arguments["rotate"][0][:2]))
+    assert not qk_norm_rope(arguments["q"].detach(), rotate=(rotary, None)).requires_grad
+
+
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("dtype", [float32, float16])
+def test_operator_passes_opcheck(dtype, across, device, triton_backend):
+    operator = torch.ops.diffattn.qk_norm_rope.default
+    a = make(2, 5, 7, 4, 2, 8, 4, across=across, dtype=dtype, device=device)
+    (q_weight, eps), (k_weight, _) = a["norms"]
+    (q_cos, q_sin, _), (k_cos, k_sin, _) = a["rotate"]
+    tensors = q_cos, q_sin, k_cos, k_sin
+    torch.library.opcheck(operator, (a["q"], a["k"], q_weight, k_weight, eps, eps, *tensors, True, False, across))
+    q = a["q"].transpose(1, 2).contiguous().transpose(1, 2)
+    torch.library.opcheck(operator, (q, None, None, None, eps, None, *(None,) * 4, False, False, across))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("across", [True, False])
+def test_compiles_to_one_graph_of_plain_torch_for_every_length(across, interleaved, device, any_backend):
+    torch.compiler.reset()
+    targets = set()
+
+    def backend(graph, _):
+        targets.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def compiled(arguments):
+        return qk_norm_rope(**arguments)
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for N, M in ((9, 7), (20, 33), (5, 64)):
+            arguments = make(2, N, M, 4, 2, 8, 4, interleaved=interleaved, across=across, device=device)
+            for out, expected in zip(compiled(arguments), exact(**arguments), strict=True):
+                assert relative_error(out, expected) <= 1e-5
+    assert targets and not any("qk_norm_rope" in target for target in targets)
+
+
+def test_exports_to_onnx(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+
+    class Heads(torch.nn.Module):
+        def __init__(self, norms, rotate):
+            super().__init__()
+            self.norms, self.rotate = norms, rotate
+
+        def forward(self, q, k):
+            return qk_norm_rope(q, k, norms=self.norms, rotate=self.rotate)
+
+    arguments = make(2, 9, 7, 4, 2, 8, 4)
+    module = Heads(arguments["norms"], arguments["rotate"])
+    path = str(tmp_path / "heads.onnx")
+    inputs = arguments["q"], arguments["k"]
+    torch.onnx.export(module, inputs, path, dynamo=True, input_names=["q", "k"], verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    outs = session.run(None, {"q": inputs[0].numpy(), "k": inputs[1].numpy()})
+    for out, expected in zip(outs, exact(**arguments), strict=True):
+        assert relative_error(torch.from_numpy(out), expected) <= 1e-5
+
+
+ROTARY = tables(9, 8)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": None}, r"q: got NoneType, expected a tensor \(B, N, H, D\)"),
+        ({"q": torch.zeros(2, 9, 32)}, r"q: got shape \(2, 9, 32\), expected \(B, N, H, D\)"),
+        ({"q": torch.zeros(2, 9, 0, 8)}, r"q: got shape \(2, 9, 0, 8\), .* at least one head"),
+        ({"q": torch.zeros(2, 9, 4, 8, dtype=torch.int32)}, "q: got torch.int32, expected one of torch.float16"),
+        ({"k": torch.zeros(2, 7, 2, 8, dtype=float16)}, "k: got torch.float16, expected torch.float32 as q"),
+        ({"k": torch.zeros(1, 7, 2, 8)}, r"k: got shape \(1, 7, 2, 8\), expected \(2, M, Hkv, 8\)"),
+        ({"k": torch.zeros(2, 7, 2, 8, device="meta")}, "k: on meta, expected cpu"),
+        ({"k": None}, "k: got None, expected a tensor: norms or rotate has an entry for it"),
+        ({"norms": 1e-5}, "norms: got float, expected a pair"),
+        ({"norms": (1e-5, None)}, r"norms: q has float, expected a pair \(weight, eps\)"),
+        ({"norms": ((torch.ones(8), "1e-5"), None)}, "norms: eps of q is str, expected a number"),
+        ({"norms": (None, (None, -1.0))}, "norms: eps of k is -1.0, expected a finite number, 0 or more"),
+        ({"norms": ((torch.ones(32), 0.1), None)}, r"norms: weight of q has shape \(32,\), expected \(8,\)"),
+        ({"norms": ((torch.ones(8, dtype=torch.int64), 0.1), None)}, "norms: weight of q is torch.int64"),
+        ({"norms": (None, ([1.0] * 8, 0.1))}, "norms: weight of k is list, expected a tensor or None"),
+        ({"norms": (None, (torch.ones(8, device="meta"), 0.1))}, "norms: weight of k is on meta, expected cpu as k"),
+        ({"across_heads": True}, r"norms: weight of q has shape \(8,\), expected \(32,\)"),
+        ({"rotate": ROTARY}, "rotate: got Rotary, expected a pair"),
+        ({"rotate": (ROTARY[:2], None)}, r"rotate: q has tuple, expected \(cos, sin, interleaved\)"),
+        ({"rotate": (ROTARY, ROTARY)}, r"rotate: cos of k has shape \(9, 4\), expected \(7, R/2\) or \(2, 7, R/2\)"),
+        ({"rotate": (tables(9, 10), None)}, r"rotate: cos of q has shape \(9, 5\), .* with R of 2 to 8"),
+        ({"rotate": (tables(9, 8, batch=(3,)), None)}, r"rotate: cos of q has shape \(3, 9, 4\)"),
+        ({"rotate": (ROTARY._replace(sin=ROTARY.sin.half()), None)}, "rotate: cos of q is torch.float32 .* alike"),
+        ({"rotate": (ROTARY._replace(sin=1.0), None)}, "rotate: sin of q is float, expected a tensor"),
+        ({"rotate": (ROTARY._replace(cos=torch.ones(9, 4).cfloat()), None)}, "rotate: cos of q is torch.complex64"),
+        ({"rotate": (ROTARY._replace(cos=torch.ones(9, 4, device="meta")), None)}, "rotate: cos of q is on meta"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        qk_norm_rope(**make(2, 9, 7, 4, 2, 8, 4) | change)
+
+
+@st.composite
+def calls(draw):
+    """Arguments that fit each other, often with something changed."""
+    sizes = [draw(st.integers(1, 3)) for _ in range(5)] + [draw(st.integers(1, 6))]
+    arguments = make(*sizes, sizes[-1] // 2 * 2, interleaved=draw(st.booleans()), across=draw(st.booleans()))
+    for _ in range(draw(st.integers(0, 2))):
+        name = draw(st.sampled_from(["q", "k", "norms", "rotate", "across_heads"]))
+        if name in ("q", "k"):
+            shape = draw(st.lists(st.integers(0, 4), min_size=3, max_size=5))
+            dtype = draw(st.sampled_from([float32, float16, torch.float64, torch.int64]))
+            arguments[name] = draw(st.sampled_from([None, torch.ones(shape, dtype=dtype)]))
+        elif name == "across_heads":
+            arguments[name] = not arguments[name]
+        else:
+            other = make(*(draw(st.integers(1, 3)) for _ in range(5)), 4, draw(st.sampled_from([2, 4])))[name]
+            arguments[name] = draw(st.sampled_from([None, (None, None), (None, other[1]), other]))
+    return arguments
+
+
+@settings(max_examples=200, deadline=None)
+@given(calls())
+def test_returns_what_it_promises_or_names_the_argument(arguments):
+    q, k = arguments["q"], arguments["k"]
+    try:
+        outs = qk_norm_rope(**arguments)
+    except (ValueError, TypeError) as error:
+        assert re.match(r"(q|k|norms|rotate)\b.*:", str(error)), error
+    else:
+        for out, x in zip((outs, None) if k is None else outs, (q, k), strict=True):
+            assert x is None or (out.shape == x.shape and out.dtype == x.dtype and out.isfinite().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("across", [True, False])
+def test_offsets_beyond_32_bits(across, device, triton_backend):
+    """More than 2 ** 31 elements of input and output; then heads, and then tokens, 2 ** 29 elements apart."""
+    N, H, D = 2**20 + 64, 16, 128
+    a = make(1, 64, 64, H, H, D, D, across=across, dtype=float16, device=device)
+    q = torch.randn(1, N, H, D, dtype=float16, device=device)
+    cos, sin = (torch.empty(N, D // 2, device=device) for _ in range(2))
+    cos[-64:], sin[-64:] = a["rotate"][0][:2]
+    out = qk_norm_rope(q, norms=(a["norms"][0], None), rotate=(Rotary(cos, sin), None), across_heads=across)
+    a["q"] = q[:, -64:].clone()
+    assert relative_error(out[:, -64:], next(exact(**a))) <= BUDGET[float16]
+    del q, out, cos, sin
+
+    storage = torch.empty(2**29 * 9, dtype=float16, device=device)
+    for strides in ((0, 128, 2**29, 1), (0, 2**29, 128, 1)):
+        shape = (1, 8, 8, 128)
+        a = make(1, 8, 8, 8, 8, 128, 128, across=across, dtype=float16, device=device)
+        a["q"] = torch.as_strided(storage, shape, strides).normal_()
+        assert_accurate(**a)
