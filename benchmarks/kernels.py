@@ -1,16 +1,16 @@
 """Our kernels and every peer on the same tensors in one process, in turn, after a check against float64.
 
-    python benchmarks/kernels.py --out benchmarks/results/<gpu>
+    python benchmarks/kernels.py
 
-Writes kernels.json: one row a section and case, with the median, p20 and p80 of every candidate, its error, memory and
-share of the ceilings measured in the same run. A candidate that cannot run is an entry with its reason; what would
-start after --seconds is left out, and listed. --only takes globs over "section/case", such as "softmax/*"; sections:
-linear, softmax, training, graph, norm-rope, fla, fla-training. The last two are slow to start (fla-core searches its
-configurations at first call), so they come last; give them a run of their own with --only "fla*" --name kernels_fla.
+Writes kernels.json to results/<gpu>: one row a section and case, with the median, p20 and p80 of every candidate, its
+error, memory and share of the ceilings measured in the same run. A candidate that cannot run is an entry with its
+reason; what would start after --seconds is left out, and listed. --only takes globs over "section/case", such as
+"softmax/*"; sections: linear, softmax, norm-rope, training, graph, fla, fla-training. The last two are slow to start
+(fla-core searches its configurations at first call), so they come last; give them a run of their own with
+--only "fla*" --name kernels_fla --seconds 500.
 """
 
 import argparse
-import fnmatch
 import gc
 import time
 import warnings
@@ -21,10 +21,10 @@ from pathlib import Path
 import cases
 import torch
 from candidates import Candidate
-from report import environment, write_json
+from report import environment, results_folder, write_json
 from sections_linear import FlaSection, FlaTrainingSection, GraphSection, LinearSection, TrainingSection
 from sections_softmax import NormRopeSection, SoftmaxSection
-from timing import Deadline, ceilings, digits, interleave, peak_bytes, reason
+from timing import Deadline, ceilings, chosen, digits, interleave, peak_bytes, reason
 
 
 def sections() -> Iterator[tuple[str, object, list]]:
@@ -127,10 +127,6 @@ def line(row: dict) -> str:
     return f"{head} | {' | '.join(cells)}"
 
 
-def chosen(name: str, only: list[str] | None) -> bool:
-    return not only or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)
-
-
 def run(out: Path, name: str = "kernels", only: list[str] | None = None, seconds: float = 170) -> dict:
     """Run the sections, writing the file after every row. Returns its content."""
     deadline = Deadline(seconds)
@@ -167,12 +163,15 @@ def run(out: Path, name: str = "kernels", only: list[str] | None = None, seconds
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the result")
+    parser.add_argument("--out", type=Path, help="folder for the result; results/<gpu> if not given")
     parser.add_argument("--name", default="kernels", help="of the result, without .json")
     parser.add_argument("--only", action="append", help='glob over "section/case"; may be repeated')
     parser.add_argument("--seconds", type=float, default=170, help="start nothing after this long")
     args = parser.parse_args()
-    run(args.out, args.name, args.only, args.seconds)
+    if not any(chosen(f"{title}/{case.name}", args.only) for title, _, section in sections() for case in section):
+        parser.error(f"--only: {args.only} matches no case")
+    out = args.out or results_folder(torch.cuda.get_device_name())
+    run(out, args.name, args.only, args.seconds)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """Whole models, stock against patched, on the same inputs in one process, and what no kernel could go beyond.
 
-    python benchmarks/models.py --out benchmarks/results/<gpu>
+    python benchmarks/models.py
 
 Random weights, since speed does not depend on them. Each case runs these in turn, after a check that the exact ones
 agree with stock: stock; patched; and "no core", where the layers that the patch takes do all they did but attend, so
 that its speed-up is the bound of any attention kernel. For each, the time of a forward among several in a row (as a
 pipeline's steps come), the time that the GPU is busy in it, the time until the CPU has launched it (a small model in
-eager mode is bound by that), peak memory, and the kernels that take most. Writes models.json. Cases that would start
-after --seconds are left out, and listed; --only takes globs over their names.
+eager mode is bound by that), peak memory, and the kernels that take most. Writes models.json to results/<gpu>. Cases
+that would start after --seconds are left out, and listed; --only takes globs over their names.
 """
 
 import argparse
-import fnmatch
 import gc
 import statistics
 import time
@@ -21,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from report import environment, write_json
-from timing import Deadline, digits, reason, summary
+from report import environment, results_folder, write_json
+from timing import Deadline, chosen, digits, reason, summary
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -352,7 +351,7 @@ def run(out: Path, only: list[str] | None = None, seconds: float = 170, each: fl
     head = {"environment": environment(), "batch": 2, "dtype": "bfloat16", "left_out": left_out, "rows": rows}
     model, built_by = None, None
     for case in CASES:
-        if only and not any(fnmatch.fnmatchcase(case.name, pattern) for pattern in only):
+        if not chosen(case.name, only):
             continue
         if deadline.passed:
             left_out.append(case.name)
@@ -379,13 +378,16 @@ def run(out: Path, only: list[str] | None = None, seconds: float = 170, each: fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for models.json")
+    parser.add_argument("--out", type=Path, help="folder for models.json; results/<gpu> if not given")
     parser.add_argument("--only", action="append", help="glob over the cases' names; may be repeated")
     parser.add_argument("--seconds", type=float, default=170, help="start no case after this long")
     parser.add_argument("--each", type=float, default=2, help="seconds for a variant's timing")
     parser.add_argument("--compile", choices=("regional", "full", "none"), default="regional")
     args = parser.parse_args()
-    run(args.out, args.only, args.seconds, args.each, args.compile)
+    if not any(chosen(case.name, args.only) for case in CASES):
+        parser.error(f"--only: {args.only} matches none of {', '.join(case.name for case in CASES)}")
+    out = args.out or results_folder(torch.cuda.get_device_name())
+    run(out, args.only, args.seconds, args.each, args.compile)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -23,6 +24,13 @@ def environment() -> dict:
         # A copy without its .git, as a build machine may have, names the commit in the variable.
         "commit": os.environ.get("GIT_COMMIT") or _first_line("git", "rev-parse", "--short", "HEAD"),
     }
+
+
+def results_folder(gpu: str) -> Path:
+    """Where results of a GPU of this name belong: results/h100 for "NVIDIA H100 80GB HBM3"."""
+    words = re.sub(r"NVIDIA|AMD|GeForce|Tesla|Instinct", "", gpu).replace("-", " ").lower().split()
+    last = next((i for i, word in enumerate(words) if re.search(r"\d", word)), len(words) - 1)
+    return Path(__file__).parent / "results" / "".join(words[: last + 1])
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,5 +1,6 @@
 """How everything here is timed: CUDA events, cold L2 cache, the candidates in turn, medians; and the ceilings."""
 
+import fnmatch
 import math
 import statistics
 import time
@@ -102,3 +103,8 @@ def reason(error: BaseException) -> str:
     """An exception as a result file keeps it: its class and its first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:240]
+
+
+def chosen(name: str, only: list[str] | None) -> bool:
+    """Whether any of the globs takes the name; without any, every name is taken."""
+    return not only or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)

@@ -1,5 +1,7 @@
-"""The command line: `diffattn demo`."""
+"""The command line: `diffattn demo`, `diffattn bench`."""
 
+import enum
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -98,6 +100,46 @@ def demo(
     console.print(table)
     show.grid(drawings, chosen).save(out)
     console.print(f"Wrote {out}. The pipeline has its stock attention back.")
+
+
+class Benchmark(str, enum.Enum):
+    all = "all"
+    kernels = "kernels"
+    models = "models"
+
+
+@app.command()
+def bench(
+    which: Annotated[Benchmark, typer.Argument(help="Our kernels beside their peers, whole models, or both.")] = (
+        Benchmark.all
+    ),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help='Glob over "section/case" of the kernels, or over model names. May be repeated.'),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Each benchmark starts nothing new after this long.")] = 170,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results. Default: benchmarks/results/<gpu>.", show_default=False),
+    ] = None,
+) -> None:
+    """Time the kernels and whole models on this machine's GPU, and write the results as JSON."""
+    import torch
+
+    folder = Path(__file__).parents[1] / "benchmarks"
+    if not (folder / "kernels.py").is_file():
+        raise fail("the benchmarks come with a checkout of the project, and this is an installed package")
+    if not torch.cuda.is_available():
+        raise fail("the benchmarks need a CUDA device, and torch sees none on this machine")
+    if only and which is Benchmark.all:
+        raise fail('--only: name a benchmark before it, "kernels" or "models": their cases differ')
+    options = ["--seconds", str(seconds), *(f"--only={glob}" for glob in only or ())]
+    options += [] if out is None else ["--out", str(out)]
+    # A process each: what one leaves in memory or compiled is not in the other's figures.
+    for script in ("kernels", "models") if which is Benchmark.all else (which.value,):
+        code = subprocess.run([sys.executable, str(folder / f"{script}.py"), *options]).returncode
+        if code:
+            raise typer.Exit(code)
 
 
 def _first_line(error: Exception) -> str:
