@@ -285,3 +285,28 @@ def test_bench_says_in_one_line_why_it_does_not_run(arguments, message):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and not result.stdout
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_bars_are_judged_by_their_worst_case(tmp_path, capsys, monkeypatch):
+    import bars
+
+    def row(section, case, shape, **milliseconds):
+        names = {"ours": "ours", "cudnn": "cuDNN", "flash": "flash"}
+        candidates = {names[k]: {"median": v, "ours": k == "ours"} for k, v in milliseconds.items()}
+        return {"section": section, "case": case, "shape": shape, "candidates": candidates}
+
+    shape = {"N": 4096, "D": 64}
+    rows = [
+        row("softmax", "near", shape, ours=1.02, cudnn=1.0, flash=3.0),
+        row("softmax", "far", shape, ours=2.0, cudnn=1.0),
+        row("softmax", "alone", shape, ours=2.0),
+    ]
+    (tmp_path / "kernels.json").write_text(json.dumps({"rows": rows}))
+    models = [{"case": "Lumina 2 1024px", "speedup": 1.3, "bound": 1.6}, {"case": "Sana 1.6B 1024px", "failed": "x"}]
+    (tmp_path / "models.json").write_text(json.dumps({"rows": models}))
+    monkeypatch.setattr(sys, "argv", ["bars.py", "--results", str(tmp_path)])
+    bars.main()
+    out = capsys.readouterr().out
+    assert "MISS  gqa_attention over torch's best kernel: at most 1.03, 2 (far; 2 measured)" in out
+    assert "ok  Lumina 2 1024px, eager: times as fast as stock: at least 1.25, 1.3 (bound 1.6; 1 measured)" in out
+    assert "?   Sana 1.6B 1024px, eager: times as fast as stock: least 1.55, not measured" in out
