@@ -68,33 +68,36 @@ def qk_norm_rope(q, k=None, *, norms=None, rotate=None, across_heads=False):
         k_rotary = _check("k", k, q, k_norm, k_rotary, across_heads)
     elif k_norm is not None or k_rotary is not None:
         raise ValueError("k: got None, expected a tensor: norms or rotate has an entry for it")
-    entries = [(q, q_norm, q_rotary), (k, k_norm, k_rotary)]
-    work = [entry for entry in entries if entry[1] is not None or entry[2] is not None]
-    weights = (norm[0] for _, norm, _ in work if norm is not None)
-    if work and all(_fits(x, across_heads) for x, _, _ in work) and runs_fused(*(x for x, _, _ in work), *weights):
-        done = iter(_launch(across_heads, *work))
-    else:
-        done = (norm_rope_reference(*entry, across_heads) for entry in work)
-    q, k = (x if norm is None and rotary is None else next(done) for x, norm, rotary in entries)
-    return q if k is None else (q, k)
+    first, second = (q, q_norm, q_rotary), (k, k_norm, k_rotary)
+    if k_norm is None and k_rotary is None:
+        return _apply(across_heads, *first)[0] if k is None else (_apply(across_heads, *first)[0], k)
+    if q_norm is None and q_rotary is None:
+        return q, _apply(across_heads, *second)[0]
+    return tuple(_apply(across_heads, *first, *second))
 
 
-def _fits(x, across_heads):
-    return x.shape[3] <= MAX_HEAD_DIM and not (across_heads and x.shape[2] * x.shape[3] > MAX_FEATURES)
-
-
-def _launch(across_heads, first, second=(None, None, None)):
-    """Run the operator on one or two entries (x, norm, rotary)."""
-    x, x_norm, x_rotary = first
-    y, y_norm, y_rotary = second
+def _apply(across_heads, x, x_norm, x_rotary, y=None, y_norm=None, y_rotary=None):
+    """[result] of x or [result, result] of x and y."""
+    if x_norm is None and x_rotary is None:
+        return [x]
     x_weight, x_eps = x_norm or (None, None)
     y_weight, y_eps = y_norm or (None, None)
+    if not (_fits(x, across_heads) and _fits(y, across_heads) and runs_fused(x, y, x_weight, y_weight)):
+        entries = (x, x_norm, x_rotary), (y, y_norm, y_rotary)
+        return [norm_rope_reference(*entry, across_heads) for entry in entries if entry[0] is not None]
     x_cos, x_sin, x_interleaved = x_rotary or (None, None, True)
     y_cos, y_sin, y_interleaved = y_rotary or (None, None, True)
     return torch.ops.diffattn.qk_norm_rope(
         x, y, x_weight, y_weight, x_eps, y_eps, x_cos, x_sin, y_cos, y_sin, not x_interleaved, not y_interleaved,
         across_heads,
     )  # fmt: skip
+
+
+def _fits(x, across_heads):
+    if x is None:
+        return True
+    H, D = x.shape[2:]
+    return D <= MAX_HEAD_DIM and not (across_heads and H * D > MAX_FEATURES)
 
 
 def _pair(name, pair):
