@@ -13,6 +13,7 @@ from torch import nn
 from diffattn._config import COMPILE_MODES, config
 from diffattn.cores import AttentionCore, GroupedQueryAttention, LinearAttention
 from diffattn.processors import BY_STOCK_NAME, CoreAttnProcessor
+from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, WITHOUT_PROCESSOR
 
 CORES_BY_NAME = {"linear": LinearAttention, "mqa": lambda: GroupedQueryAttention(kv_heads=1)}
 DENOISERS = ("unet", "transformer", "prior", "decoder")
@@ -29,6 +30,7 @@ class Layer:
     path: str  # as in `model.attn_processors`, without ".processor"
     attn: nn.Module
     denoises: bool
+    model: str = ""  # class name of the model that it is part of
 
     @property
     def name(self) -> str:
@@ -136,18 +138,19 @@ def patch(
     if compile not in COMPILE_MODES:
         raise ValueError(f"compile: got {compile!r}, expected one of {COMPILE_MODES}")
     found = find_layers(target)
+    unreachable = find_unreachable(target)
     if not any(layer.family for layer in found):
-        classes = sorted({type(layer.stock).__name__ for layer in found})
+        reasons = {layer.name: _no_family(layer) for layer in found} | unreachable
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
         raise ValueError(
-            f"target: no attention layer of {type(target).__name__} can be patched; "
-            f"processors found: {', '.join(classes) or 'none'}"
+            f"target: no attention layer of {type(target).__name__} can be patched; found {listed or 'none'}"
         )
     plan, skipped, converted = _plan(found, core, layers)
     if core is not None and not plan:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"core: {core} fits no layer of {type(target).__name__}:\n{reasons}")
 
-    handle = PatchHandle(skipped=skipped, _order=[layer.name for layer in found])
+    handle = PatchHandle(skipped=skipped | unreachable, _order=_names(target))
     done: list[tuple[Layer, CoreAttnProcessor | None]] = []
     compiled_before = _compiled(target)
     try:
@@ -226,8 +229,30 @@ def find_layers(target: Any) -> list[Layer]:
             # transformers' models have no such attribute; a processor is called with the module.
             if callable(getattr(module, "processor", None)) and id(module) not in seen:
                 seen.add(id(module))
-                found.append(Layer(component, name, module, denoises))
+                found.append(Layer(component, name, module, denoises, type(model).__name__))
     return found
+
+
+def find_unreachable(target: Any) -> dict[str, str]:
+    """Modules that attend without a processor, which no patch can take, and why."""
+    reasons = {}
+    for component, model in _models(target).items():
+        if not type(model).__module__.startswith("diffusers."):
+            continue  # text encoders and the like attend in their own ways, and nobody asks to patch them
+        for name, module in model.named_modules():
+            reason = WITHOUT_PROCESSOR.get(type(module).__name__)
+            if reason is not None:
+                reasons[f"{component}.{name}" if component else name] = f"{type(module).__name__} {reason}"
+    return reasons
+
+
+def _names(target: Any) -> list[str]:
+    """Every module of a pipeline or model, in the order of `named_modules`."""
+    return [
+        f"{component}.{name}" if component else name
+        for component, model in _models(target).items()
+        for name, _ in model.named_modules()
+    ]
 
 
 def _is_autoencoder(model: nn.Module) -> bool:
@@ -287,10 +312,9 @@ def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[s
     """Why the layer is skipped (None: it is not) and whether the core computes what stock computes."""
     family = layer.family
     if family is None:
-        name = type(layer.stock).__name__
         if explicit:
-            raise ValueError(f"layers: {layer.name} has a {name}, which diffattn has no processor for")
-        return f"no processor for {name}", True
+            raise ValueError(f"layers: {layer.name}: {_no_family(layer)}")
+        return _no_family(layer), True
     heads, kv_heads = family.heads(layer.attn)
     formula = family.exact_core(layer.attn).formula(heads, kv_heads)
     if core is None:
@@ -300,7 +324,9 @@ def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[s
         if formula[0] != "softmax":
             return f"stock is {formula[0]} attention already", True
         if not family.attends_to_itself(layer.name, layer.attn):
-            return "attends to text", True
+            return family.kept, True
+        if layer.model in NOT_CONVERTED:
+            return NOT_CONVERTED[layer.model], True
         if not layer.denoises:
             return "not part of the denoiser", True
     try:
@@ -308,6 +334,12 @@ def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[s
     except ValueError as error:
         raise ValueError(f"{layer.name}: {error}") from None
     return None, exact
+
+
+def _no_family(layer: Layer) -> str:
+    name = type(layer.stock).__name__
+    reason = BY_REASON.get(name)
+    return f"no processor for {name}" + (f": {reason}" if reason else "")
 
 
 def _same(one: CoreAttnProcessor, other: CoreAttnProcessor) -> bool:

@@ -13,7 +13,7 @@ import torch
 from diffattn import cores, patched
 from diffattn.kernels.linear_attention import linear_attention_reference
 from diffattn.kernels.qk_norm_rope import qk_norm_rope
-from tests.families import FAMILIES
+from tests.models import MODELS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -204,7 +204,7 @@ def test_a_candidate_that_computes_something_else_is_told_from_one_that_cannot_r
 
 
 @pytest.mark.filterwarnings("ignore:diffattn")
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.fused and f.name != "dc-ae-few-pixels"], ids=str)
+@pytest.mark.parametrize("family", [m for m in MODELS if m.fused and str(m) != "AutoencoderDC-few-pixels"], ids=str)
 def test_a_model_runs_without_its_core(family):
     """Every layer that the patch takes loses its core; the rest of the model runs."""
     from models import NoCore

@@ -10,7 +10,8 @@ from torch import nn
 
 import diffattn
 from diffattn.patch import find_layers
-from tests.families import FAMILIES, build_unet, run_unet
+from tests.models import BY_NAME
+from tests.models.unets import build_unet, run_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
 
@@ -30,7 +31,7 @@ def unet():
 
 @pytest.fixture
 def pipe(unet):
-    vae = next(f for f in FAMILIES if f.name == "autoencoder-kl").model()
+    vae = BY_NAME["AutoencoderKL"].model()
     return Pipeline(unet=unet, vae=vae, tokenizer=object(), safety_checker=None)
 
 
@@ -207,21 +208,32 @@ def test_a_core_that_fits_no_layer_is_refused(unet):
 def test_targets_without_known_attention_are_refused():
     with pytest.raises(TypeError, match="target: got str"):
         diffattn.patch("sd-turbo")
-    with pytest.raises(ValueError, match="processors found: none"):
+    with pytest.raises(ValueError, match="can be patched; found none"):
         diffattn.patch(nn.Linear(2, 2))
-    from diffusers import FluxTransformer2DModel
 
-    flux = FluxTransformer2DModel(
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=(2, 2, 4),
-    )
-    with pytest.raises(ValueError, match="processors found: FluxAttnProcessor"):
-        diffattn.patch(flux)
+
+def test_unknown_processors_are_named(unet):
+    class MyProcessor:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+            return hidden_states
+
+    unet.set_attn_processor(MyProcessor())
+    with pytest.raises(ValueError, match=r"mid_block.*attn1: no processor for MyProcessor"):
+        diffattn.patch(unet)
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(_stock())
+    handle = diffattn.patch(unet, "linear")
+    assert len(handle.installed) == 1
+    assert "no processor for MyProcessor" in handle.skipped.values()
+
+
+def test_attention_without_a_processor_is_listed():
+    """Such modules have no processor to swap; the table says so."""
+    tiny = BY_NAME["SanaWMTransformer3DModel"]
+    handle = diffattn.patch(tiny.model(), diffattn.SoftmaxAttention())
+    assert list(handle.installed) == ["blocks.0.cross_attn", "blocks.1.cross_attn"]
+    assert "gives it no processor" in handle.skipped["blocks.0.attn.attn"]
+    lines = str(handle).splitlines()
+    assert lines[1].startswith("blocks.0.attn.attn ") and lines[-1].startswith("blocks.1.cross_attn ")
 
 
 def test_set_attn_processor_by_hand(unet):
@@ -272,7 +284,7 @@ def test_a_failure_after_compiling_leaves_an_eager_model(unet, tmp_path, monkeyp
 
 
 def test_a_model_that_names_no_repeated_blocks_is_left_as_it_was():
-    sana = next(f for f in FAMILIES if f.name == "sana").model()
+    sana = BY_NAME["SanaTransformer2DModel"].model()
     before = processors(sana)
     with pytest.raises(ValueError, match="_repeated_blocks"):
         diffattn.patch(sana, compile="regional")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import diffattn
-from tests.families import build_unet, run_unet
+from tests.models.unets import build_unet, run_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
 

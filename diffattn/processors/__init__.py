@@ -1,23 +1,53 @@
 """One processor per calling convention of diffusers, and the table that finds it."""
 
+from diffattn.processors import (
+    audio,
+    dcae,
+    image_queries,
+    joint,
+    joint_renamed,
+    joint_shared,
+    ltx,
+    lumina,
+    plain,
+    sana,
+    single_stream,
+    stable_audio,
+    vae,
+    video_cross,
+    wan,
+)
 from diffattn.processors.base import CoreAttnProcessor
 from diffattn.processors.by_hand import LinearAttnProcessor, MQAAttnProcessor
-from diffattn.processors.dcae import DCAEAttnProcessor
-from diffattn.processors.lumina import Lumina2AttnProcessor, LuminaNextAttnProcessor
-from diffattn.processors.plain import AddedKVAttnProcessor, PlainAttnProcessor
-from diffattn.processors.sana import SanaAttnProcessor, SanaCrossAttnProcessor, SanaVideoAttnProcessor
-from diffattn.processors.stable_audio import StableAudioAttnProcessor
+from diffattn.processors.plain import PlainAttnProcessor
 
-PROCESSORS: tuple[type[CoreAttnProcessor], ...] = (
-    PlainAttnProcessor,
-    AddedKVAttnProcessor,
-    SanaAttnProcessor,
-    SanaVideoAttnProcessor,
-    SanaCrossAttnProcessor,
-    DCAEAttnProcessor,
-    Lumina2AttnProcessor,
-    LuminaNextAttnProcessor,
-    StableAudioAttnProcessor,
+_MODULES = (
+    plain,
+    joint,
+    joint_renamed,
+    joint_shared,
+    single_stream,
+    image_queries,
+    wan,
+    ltx,
+    video_cross,
+    sana,
+    dcae,
+    lumina,
+    audio,
+    stable_audio,
+    vae,
+)
+
+#: Every processor that stands in for one of diffusers.
+PROCESSORS: tuple[type[CoreAttnProcessor], ...] = tuple(
+    cls
+    for module in _MODULES
+    for cls in vars(module).values()
+    if isinstance(cls, type)
+    and issubclass(cls, CoreAttnProcessor)
+    and cls.__module__ == module.__name__
+    and cls.replaces
 )
 
 #: Stock processor class name -> ours. By name, so that no model of diffusers is imported for it.
@@ -26,16 +56,8 @@ BY_STOCK_NAME = {stock: ours for ours in PROCESSORS for stock in ours.replaces}
 __all__ = [
     "BY_STOCK_NAME",
     "PROCESSORS",
-    "AddedKVAttnProcessor",
     "CoreAttnProcessor",
-    "DCAEAttnProcessor",
     "LinearAttnProcessor",
-    "Lumina2AttnProcessor",
-    "LuminaNextAttnProcessor",
     "MQAAttnProcessor",
     "PlainAttnProcessor",
-    "SanaAttnProcessor",
-    "SanaCrossAttnProcessor",
-    "SanaVideoAttnProcessor",
-    "StableAudioAttnProcessor",
 ]

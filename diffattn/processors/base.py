@@ -90,7 +90,8 @@ def project(attn: nn.Module, hidden_states: Tensor, context: Tensor | None, *, n
 
 def project_heads(attn: nn.Module, hidden_states: Tensor, context: Tensor | None):
     """`project` without the norms."""
-    if not attn.fused_projections:
+    # Some classes fuse q, k, v of cross-attention too, which stock then leaves alone.
+    if not attn.fused_projections or (context is not None and not hasattr(attn, "to_kv")):
         source = hidden_states if context is None else context
         q, k, v = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
     elif context is None:

@@ -4,8 +4,8 @@ import math
 
 from torch import Tensor
 
-from diffattn.cores import Rotary
 from diffattn.processors.base import CoreAttnProcessor, norm_and_rotate, output, project_heads
+from diffattn.processors.rotary import from_complex
 
 
 class Lumina2AttnProcessor(CoreAttnProcessor):
@@ -23,7 +23,7 @@ class Lumina2AttnProcessor(CoreAttnProcessor):
         base_sequence_length: int | None = None,
     ) -> Tensor:
         q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
-        rotary = complex_rotary(image_rotary_emb)
+        rotary = from_complex(image_rotary_emb)
         rotate = None if rotary is None else (rotary, rotary)
         q, k, rotate = norm_and_rotate(self.core, q, k, (attn.norm_q, attn.norm_k), rotate)
         scale = proportional_scale(attn, q.shape[1], base_sequence_length)
@@ -54,21 +54,13 @@ class LuminaNextAttnProcessor(CoreAttnProcessor):
         q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
         rotate, scale = None, None
         if query_rotary_emb is not None:
-            rotary = complex_rotary(query_rotary_emb)
+            rotary = from_complex(query_rotary_emb)
             same = key_rotary_emb is query_rotary_emb
-            rotate = (rotary, rotary if same else complex_rotary(key_rotary_emb))
+            rotate = (rotary, rotary if same else from_complex(key_rotary_emb))
         if key_rotary_emb is not None:
             scale = proportional_scale(attn, q.shape[1], base_sequence_length)
         q, k, rotate = norm_and_rotate(self.core, q, k, (attn.norm_q, attn.norm_k), rotate, all_heads=True)
         return self.core(q, k, v, mask=key_padding_mask(attention_mask), scale=scale, rotate=rotate)
-
-
-def complex_rotary(freqs: Tensor | None) -> Rotary | None:
-    """cos + i sin of shape (1 or B, N, D/2), as diffusers makes them, in real arithmetic."""
-    if freqs is None:
-        return None
-    freqs = freqs.squeeze(0)  # one table for all, if there is but one
-    return Rotary(freqs.real, freqs.imag)
 
 
 def key_padding_mask(mask: Tensor | None) -> Tensor | None:

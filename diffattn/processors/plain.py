@@ -25,6 +25,10 @@ class PlainAttnProcessor(CoreAttnProcessor):
     ) -> Tensor:
         return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
+    @classmethod
+    def attends_to_itself(cls, name, attn):
+        return not attn.is_cross_attention and "token_refiner" not in name  # which refines text
+
     def attend(self, attn, hidden_states, context, mask, temb=None, rotary=None, norm_all_heads=False):
         """The block itself. `rotary` rotates the queries and, in self-attention, the keys."""
         residual = hidden_states

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from diffattn.cores import LinearAttention, Rotary
+from diffattn.cores import LinearAttention
 from diffattn.processors.base import CoreAttnProcessor, norm_and_rotate, output, project, project_heads
 from diffattn.processors.plain import PlainAttnProcessor
+from diffattn.processors.rotary import from_pairs
+from diffattn.processors.streams import StreamAttnProcessor, attend_across
 
 
 class SanaAttnProcessor(CoreAttnProcessor):
@@ -51,11 +53,8 @@ class SanaVideoAttnProcessor(CoreAttnProcessor):
     ) -> Tensor:
         refuse_mask(self, attention_mask)
         q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
-        rotate = None
-        if rotary_emb is not None:
-            cos, sin = (t.squeeze(0).squeeze(-2) for t in rotary_emb)  # [N, D], each angle twice
-            rotary = Rotary(cos[..., 0::2], sin[..., 1::2])
-            rotate = (rotary, rotary)
+        rotary = from_pairs(rotary_emb)
+        rotate = None if rotary is None else (rotary, rotary)
         q, k, rotate = norm_and_rotate(self.core, q, k, (attn.norm_q, attn.norm_k), rotate, all_heads=True)
         return output(attn, self.core(q, k, v, rotate=rotate))
 
@@ -77,6 +76,31 @@ class SanaCrossAttnProcessor(PlainAttnProcessor):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, norm_all_heads=True)
+
+
+class SanaWMCrossAttnProcessor(StreamAttnProcessor):
+    """Sana-WM's softmax attention to the text; its other attention has no processor."""
+
+    replaces = ("SanaWMCrossAttnProcessor",)
+
+    def forward(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        projected = (attn.q_linear(hidden_states), *attn.kv_linear(encoder_hidden_states).chunk(2, dim=-1))
+        q, k, v = (t.reshape(hidden_states.shape[0], -1, attn.heads, attn.head_dim) for t in projected)
+        mask = attention_mask
+        if attention_mask is not None and attention_mask.dim() == 2:
+            mask = mask.bool()
+        norms = (attn.q_norm, attn.k_norm)
+        return attn.proj(attend_across(self.core, q, k, v, norms, all_heads=True, mask=mask).flatten(2))
+
+    @classmethod
+    def attends_to_itself(cls, name, attn):
+        return False
 
 
 def refuse_mask(processor, mask) -> None:

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from diffattn.cores import Rotary
 from diffattn.processors.plain import PlainAttnProcessor
+from diffattn.processors.rotary import from_halves
 
 
 class StableAudioAttnProcessor(PlainAttnProcessor):
@@ -19,9 +19,5 @@ class StableAudioAttnProcessor(PlainAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        rotary = None
-        if rotary_emb is not None:
-            # [N, R], the angles of the first half again in the second.
-            cos, sin = (t[..., : t.shape[-1] // 2] for t in rotary_emb)
-            rotary = Rotary(cos, sin, interleaved=False)
+        rotary = from_halves(rotary_emb)
         return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, rotary=rotary)

@@ -9,7 +9,7 @@ import diffattn
 from diffattn.cores import LinearAttention, Rotary, SoftmaxAttention
 from diffattn.processors import base
 from diffattn.processors.base import norm_and_rotate
-from tests.families import FAMILIES
+from tests.models import BY_NAME
 
 B, N, H, D = 2, 5, 4, 8
 CORE = SoftmaxAttention()
@@ -50,9 +50,12 @@ def rotation(device="cpu"):
     return rotary, rotary
 
 
-@pytest.mark.parametrize("name", ["lumina2", "lumina-next", "sana", "sana-video", "stable-audio"])
+RMS_NORMS = ["Lumina2Transformer2DModel", "SanaTransformer2DModel", "SanaVideoTransformer3DModel"]
+
+
+@pytest.mark.parametrize("name", [*RMS_NORMS, "LuminaNextDiT2DModel", "StableAudioDiTModel"])
 def test_models_compute_with_the_kernel_what_stock_computes(name, fused, device, triton_backend):
-    family = next(f for f in FAMILIES if f.name == name)
+    family = BY_NAME[name]
     with torch.device(device), torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
         model = family.model().to(device)
         stock = family.run(model, torch.Generator(device).manual_seed(1))
@@ -60,8 +63,8 @@ def test_models_compute_with_the_kernel_what_stock_computes(name, fused, device,
         ours = family.run(model, torch.Generator(device).manual_seed(1))
     assert ((ours - stock).norm() / stock.norm()).item() <= 1e-5
     # Lumina-Next has layer norms, Stable Audio none.
-    assert len(fused) == (len(handle.installed) if name in ("lumina2", "sana", "sana-video") else 0)
-    assert all(rotate is None for _, rotate, _ in fused) == (name != "lumina2")
+    assert len(fused) == (len(handle.installed) if name in RMS_NORMS else 0)
+    assert all(rotate is None for _, rotate, _ in fused) == (name != "Lumina2Transformer2DModel")
 
 
 @pytest.mark.parametrize("kind", [RMSNorm, nn.RMSNorm])

@@ -1,0 +1,145 @@
+"""Joint attention whose modules have names and ways of their own: JoyImage, HiDream, Mochi."""
+
+import torch
+from torch import Tensor
+
+from diffattn.processors.rotary import HeadRotary, attend_by_head, from_matrices, from_pairs, split
+from diffattn.processors.streams import (
+    Stream,
+    StreamAttnProcessor,
+    attend_jointly,
+    join_streams,
+    project_out,
+    text_stream,
+)
+
+
+class JoyImageAttnProcessor(StreamAttnProcessor):
+    """JoyImage: image first, q, k, v of each stream from one projection, a rotation for each."""
+
+    replaces = ("JoyImageAttnProcessor",)
+
+    def forward(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        image_rotary_emb: tuple[tuple | None, tuple | None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        of_image, of_text = (None, None) if image_rotary_emb is None else map(from_pairs, image_rotary_emb)
+        return self.attend(attn, hidden_states, encoder_hidden_states, of_image, of_text)
+
+    def attend(self, attn, image, text, of_image, of_text=None, mask=None):
+        if text is None:
+            raise ValueError(f"encoder_hidden_states: got None, expected text: {type(self).__name__} joins the two")
+        q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in attn.img_attn_qkv(image).chunk(3, dim=-1))
+        image = Stream(q, k, v, (attn.img_attn_q_norm, attn.img_attn_k_norm), of_image)
+        q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in attn.txt_attn_qkv(text).chunk(3, dim=-1))
+        text = Stream(q, k, v, (attn.txt_attn_q_norm, attn.txt_attn_k_norm), of_text)
+        image, text = attend_jointly(self.core, image, text, mask=mask)
+        return attn.img_attn_proj(image), attn.txt_attn_proj(text)
+
+
+class JoyImageEditPlusAttnProcessor(JoyImageAttnProcessor):
+    """JoyImage Edit Plus: a table for each picture of the batch, the image's alone; a mask over all tokens."""
+
+    replaces = ("JoyImageEditPlusAttnProcessor",)
+
+    def forward(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        rotary = from_pairs(image_rotary_emb)
+        return self.attend(attn, hidden_states, encoder_hidden_states, rotary, mask=attention_mask)
+
+
+class HiDreamAttnProcessor(StreamAttnProcessor):
+    """HiDream: image first, one rotation for all tokens, norms over all heads; padding of the image has its keys
+    multiplied by 0, not masked."""
+
+    replaces = ("HiDreamAttnProcessor",)
+
+    def forward(
+        self,
+        attn,
+        hidden_states: Tensor,
+        hidden_states_masks: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        image_rotary_emb: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        image = self.stream(attn, hidden_states)
+        text = None if attn.single else self.stream(attn, encoder_hidden_states, "_t")
+        lengths = [s.q.shape[1] for s in (image, text) if s is not None]
+        tables = split(from_matrices(image_rotary_emb), lengths)
+        streams = [s._replace(rotary=t) for s, t in zip((image, text), tables, strict=False)]
+        q, k, v = join_streams(self.core, *streams, all_heads=True)
+        if hidden_states_masks is not None:
+            # A factor a token: before the rotation or after it is the same.
+            factor = hidden_states_masks[:, :, None, None].to(k.dtype)
+            k = torch.cat((k[:, : lengths[0]] * factor, k[:, lengths[0] :]), dim=1)
+        rotate = None
+        if not self.core.rotates_first and image_rotary_emb is not None:
+            rotary = from_matrices(image_rotary_emb)
+            rotate = (rotary, rotary)
+        out = self.core(q, k, v, rotate=rotate).flatten(2)
+        if attn.single:
+            return attn.to_out(out)
+        image, text = out.split(lengths, dim=1)
+        return attn.to_out(image), attn.to_out_t(text)
+
+    def stream(self, attn, hidden_states, suffix=""):
+        def module(name):
+            return getattr(attn, name + suffix)
+
+        projected = (module(name)(hidden_states) for name in ("to_q", "to_k", "to_v"))
+        return Stream(
+            *(t.unflatten(-1, (attn.heads, -1)) for t in projected), (module("q_rms_norm"), module("k_rms_norm"))
+        )
+
+
+class MochiAttnProcessor(StreamAttnProcessor):
+    """Mochi: image first, only the image is rotated, in each head by angles of its own.
+
+    Stock runs prompt by prompt over the tokens that the mask keeps; here the batch runs at once under the mask. Both
+    return the kept tokens' outputs in front, and zeros.
+    """
+
+    replaces = ("MochiAttnProcessor2_0",)
+
+    def forward(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        streams = self.image(attn, hidden_states), text_stream(attn, encoder_hidden_states)
+        lengths = [stream.q.shape[1] for stream in streams]
+        kept = attention_mask.bool()
+        mask = torch.cat((kept.new_ones(kept.shape[0], lengths[0]), kept), dim=1)[:, None, None, :]
+        q, k, v = join_streams(self.core, *streams)
+        if image_rotary_emb is None:
+            out = self.core(q, k, v, mask=mask)
+        else:
+            rotary = self.with_text(image_rotary_emb, lengths[1])
+            out = attend_by_head(self.core, q, k, v, (rotary, None), mask=mask)
+        image, text = out.flatten(2).split(lengths, dim=1)
+
+        order = kept.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        text = text.masked_fill(~kept[..., None], 0).gather(1, order[..., None].expand_as(text))
+        return project_out(attn, image), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
+
+    def image(self, attn, hidden_states):
+        projected = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
+        return Stream(*(t.unflatten(-1, (attn.heads, -1)) for t in projected), (attn.norm_q, attn.norm_k))
+
+    def with_text(self, tables, text_length):
+        """(N, H, D/2) to (1, N + text, H, D/2): the text is not rotated."""
+        cos, sin = (t.unsqueeze(0) for t in tables)
+        rest = (1, text_length, *cos.shape[2:])
+        return HeadRotary(torch.cat((cos, cos.new_ones(rest)), 1), torch.cat((sin, sin.new_zeros(rest)), 1))

@@ -1,0 +1,125 @@
+"""What the processors of transformers share: streams of tokens, each with projections, norms and a rotation."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffattn.cores import AttentionCore, Rotary
+from diffattn.processors.base import CoreAttnProcessor, norm_and_rotate, normalize, project_heads
+from diffattn.processors.rotary import HeadRotary, attend_by_head, join
+
+
+class StreamAttnProcessor(CoreAttnProcessor):
+    """A processor of a transformer's own attention class: as many key/value heads as heads, unless it says more."""
+
+    @classmethod
+    def heads(cls, attn):
+        heads = attn.num_heads if hasattr(attn, "num_heads") else attn.heads
+        return heads, heads
+
+    @classmethod
+    def attends_to_itself(cls, name, attn):
+        return True
+
+
+class Stream(NamedTuple):
+    """Queries, keys and values (B, N, H, D) of one kind of tokens, with what happens to q and k before attention."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    norms: tuple[nn.Module | None, nn.Module | None] = (None, None)
+    rotary: Rotary | None = None
+
+
+def attend(core: AttentionCore, stream: Stream, mask: Tensor | None = None) -> Tensor:
+    """Self-attention of one stream. `mask` as in `mask_for`. Returns (B, N, H, D)."""
+    rotate = None if stream.rotary is None else (stream.rotary, stream.rotary)
+    return attend_across(core, *stream[:3], stream.norms, rotate, mask=mask)
+
+
+def attend_across(core: AttentionCore, q, k, v, norms=(None, None), rotate=None, *, mask=None, all_heads=False):
+    """Norms, rotation and core, where q and k have rotations of their own (or none: cross-attention)."""
+    mask = mask_for(mask, q)
+    if rotate is not None and isinstance(rotate[0], HeadRotary):
+        q, k = normalize(q, k, norms, all_heads=all_heads)
+        return attend_by_head(core, q, k, v, rotate, mask=mask)
+    if rotate == (None, None):
+        rotate = None
+    q, k, rotate = norm_and_rotate(core, q, k, norms, rotate, all_heads=all_heads)
+    # Some norms return float32; stock casts back too.
+    return core(q.to(v.dtype), k.to(v.dtype), v, mask=mask, rotate=rotate)
+
+
+def attend_jointly(core: AttentionCore, *streams: Stream, mask: Tensor | None = None) -> list[Tensor]:
+    """Attention over the tokens of all streams together, in the order given; the output of each, (B, N, H D)."""
+    lengths = [stream.q.shape[1] for stream in streams]
+    q, k, v = join_streams(core, *streams)
+    out = core(q, k, v, mask=mask_for(mask, q), **left(core, *streams))
+    return list(out.flatten(2).split(lengths, dim=1))
+
+
+def join_streams(core: AttentionCore, *streams: Stream, all_heads: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of all streams, each normalized by its own norms and rotated, unless the core has to rotate."""
+    parts = []
+    for q, k, v, norms, rotary in streams:
+        rotate = None if rotary is None else (rotary, rotary)
+        q, k, _ = norm_and_rotate(core, q, k, norms, rotate, all_heads=all_heads)
+        parts.append((q.to(v.dtype), k.to(v.dtype), v))
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+
+
+def left(core: AttentionCore, *streams: Stream) -> dict:
+    """The core's `rotate` for joined streams: nothing is left where `join_streams` has rotated."""
+    if core.rotates_first:
+        return {}
+    rotary = join([stream.rotary for stream in streams], [stream.q.shape[1] for stream in streams])
+    return {} if rotary is None else {"rotate": (rotary, rotary)}
+
+
+def norms_of(attn: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    return attn.norm_q, attn.norm_k
+
+
+def image_stream(attn: nn.Module, hidden_states: Tensor, rotary=None) -> Stream:
+    """`to_q`, `to_k`, `to_v` (or `to_qkv`) and the layer's norms."""
+    return Stream(*project_heads(attn, hidden_states, None), norms_of(attn), rotary)
+
+
+def text_stream(attn: nn.Module, hidden_states: Tensor, rotary=None) -> Stream:
+    """`add_q_proj`, `add_k_proj`, `add_v_proj` (or `to_added_qkv`) and the norms for added tokens."""
+    if getattr(attn, "fused_projections", False):
+        projected = attn.to_added_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        projected = (attn.add_q_proj(hidden_states), attn.add_k_proj(hidden_states), attn.add_v_proj(hidden_states))
+    head_dim = attn.head_dim if hasattr(attn, "head_dim") else attn.inner_dim // attn.heads
+    q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in projected)
+    return Stream(q, k, v, (attn.norm_added_q, attn.norm_added_k), rotary)
+
+
+def project_out(attn: nn.Module, hidden_states: Tensor) -> Tensor:
+    """The output projection of merged heads (B, N, H D), and the dropout behind it if there is one."""
+    if isinstance(attn.to_out, nn.ModuleList):
+        for module in attn.to_out:
+            hidden_states = module(hidden_states)
+        return hidden_states
+    return attn.to_out(hidden_states)
+
+
+def mask_for(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The masks that diffusers' attention backends take, as the cores do: one of shape (B, M) hides keys."""
+    if mask is None or mask.dim() > 2:
+        return mask
+    return mask[:, None, None, :] if mask.shape[0] == q.shape[0] else mask[None, None]
+
+
+def refuse(processor: nn.Module, why: str, **arguments) -> None:
+    """Raises: ValueError if an argument is not None that the stock processor takes and drops, or that has no
+    counterpart here."""
+    for name, value in arguments.items():
+        if value is not None:
+            came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: got {came}, expected None: {type(processor).__name__} {why}")

@@ -1,0 +1,51 @@
+"""Attention of diffusers that no processor here replaces, and why: what `patch` says of such layers."""
+
+SPARSE = "its attention is sparse, a FlexAttention mask over blocks of tokens"
+KEY_CACHE = "its keys and values go through a cache that only this processor knows"
+
+#: Stock processor class name -> why it stays.
+BY_REASON = {
+    "AnyFlowCausalAttnProcessor": f"{KEY_CACHE}, and {SPARSE}",
+    "Kandinsky6SRAttnProcessor": SPARSE,
+    "LTX2VideoVaeNeighborhoodAttnProcessor": SPARSE,
+    "LTX2VideoVaeNeighborhoodNattenProcessor": "its attention is sparse, by NATTEN's kernels",
+    "QwenImage21FlexAttnProcessor": SPARSE,
+    "SanaWMLTX2RefinerAttnProcessor": KEY_CACHE,
+    "WanAnimate2AttnProcessor": f"{KEY_CACHE}, and {SPARSE}",
+    "Flux2KVAttnProcessor": KEY_CACHE,
+    "Flux2KVParallelSelfAttnProcessor": KEY_CACHE,
+}
+
+#: Model class name -> why a converted core is not chosen for its plain self-attention.
+NOT_CONVERTED = {
+    "PriorTransformer": "attends causally, to text too",
+    "T5FilmDecoder": "masks pairs of tokens",
+}
+
+_IN_FORWARD = "attends inside its own forward: diffusers gives it no processor to replace"
+
+#: Class name of a module that attends without a processor -> why it stays. Each attends by itself: nothing below it
+#: is listed again.
+WITHOUT_PROCESSOR = {
+    name: _IN_FORWARD
+    for name in (
+        "HunyuanImageAttentionBlock",
+        "HunyuanImageRefinerAttnBlock",
+        "HunyuanVideo15AttnBlock",
+        "LTX2AudioAttnBlock",
+        "MultiheadAttention",
+        "QwenImage21AttentionBlock",
+        "QwenImageAttentionBlock",
+        "SelfAttention1d",
+        "VidTokAttnBlock",
+        "WanAttentionBlock",
+    )
+} | {
+    name: f"(gated delta rule over frames, or softmax beside it) {_IN_FORWARD}"
+    for name in (
+        "SanaWMBidirectionalGDNAttention",
+        "SanaWMBidirectionalGDNCamAttention",
+        "SanaWMSoftmaxAttention",
+        "SanaWMSoftmaxCamAttention",
+    )
+}
