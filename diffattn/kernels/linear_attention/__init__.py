@@ -45,7 +45,9 @@ def linear_attention(q, k, v, *, feature_map="relu", rotary=None, eps=1e-15, nor
     _check_options(feature_map, eps, normalizer)
     cos, sin = (None, None) if rotary is None else _check_rotary(q, k, rotary)
     if max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM and use_triton(q):
-        return torch.ops.diffattn.linear_attention(q, k, v, cos, sin, feature_map, normalizer, float(eps))[0]
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return torch.ops.diffattn.linear_attention(q, k, v, cos, sin, feature_map, normalizer, float(eps))[0]
+        return torch.ops.diffattn.linear_attention_inference(q, k, v, cos, sin, feature_map, normalizer, float(eps))
     rotary = None if rotary is None else (cos, sin)
     return linear_attention_reference(q, k, v, feature_map=feature_map, rotary=rotary, eps=eps, normalizer=normalizer)
 

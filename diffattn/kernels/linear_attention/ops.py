@@ -10,6 +10,12 @@ torch.library.define(
     " -> (Tensor out, Tensor state)",
     tags=torch.Tag.pt2_compliant_tag,
 )
+# For calls that want no gradient: no state to keep, and one pass through Python less.
+torch.library.define(
+    "diffattn::linear_attention_inference",
+    "(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, str? feature_map, str normalizer, float eps) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 torch.library.define(
     "diffattn::linear_attention_backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor state,"
@@ -39,6 +45,14 @@ def _forward(q, k, v, cos, sin, feature_map, normalizer, eps):
     return linear_attention_fwd(q, k, v, cos, sin, feature_map, _summed_eps(eps, normalizer, k))
 
 
+@torch.library.impl("diffattn::linear_attention_inference", ("cpu", "cuda"))
+def _inference(q, k, v, cos, sin, feature_map, normalizer, eps):
+    _check_device(q)
+    from diffattn.kernels.linear_attention.triton import linear_attention_inference
+
+    return linear_attention_inference(q, k, v, cos, sin, feature_map, _summed_eps(eps, normalizer, k))
+
+
 @torch.library.impl("diffattn::linear_attention_backward", ("cpu", "cuda"))
 def _backward(grad, q, k, v, cos, sin, state, feature_map, normalizer, eps):
     _check_device(q)
@@ -53,6 +67,11 @@ def _(q, k, v, cos, sin, feature_map, normalizer, eps):
     out = q.new_empty((*q.shape[:3], E))
     state = q.new_empty((k.shape[0], k.shape[2], D * E + D), dtype=torch.float32)
     return out, state
+
+
+@torch.library.register_fake("diffattn::linear_attention_inference")
+def _(q, k, v, cos, sin, feature_map, normalizer, eps):
+    return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
 @torch.library.register_fake("diffattn::linear_attention_backward")

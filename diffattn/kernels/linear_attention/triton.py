@@ -10,9 +10,9 @@ import torch
 from diffattn.kernels.linear_attention.triton_bwd import (
     linear_attention_dkv_bwd_kernel,
     linear_attention_dq_bwd_kernel,
-    linear_attention_dstate_bwd_kernel,
 )
 from diffattn.kernels.linear_attention.triton_fwd import (
+    linear_attention_fused_fwd_kernel,
     linear_attention_output_fwd_kernel,
     linear_attention_reduce_kernel,
     linear_attention_state_fwd_kernel,
@@ -29,18 +29,27 @@ class Launch:
     resident: int
 
 
-# By kernel, then by the padded width of a head: the first entry at least as wide is taken.
+# By kernel, then by the padded width of a tile: the first entry at least as wide is taken. Chosen on one H100 in
+# bfloat16 (benchmarks/NOTES.md). "queries" is dq and dS in one kernel, "keys" dk and dv.
 CONFIGS = {
-    "state": {32: Launch(64, 4, 3, 4), 64: Launch(32, 4, 4, 4), 128: Launch(32, 8, 3, 1), 256: Launch(32, 8, 2, 1)},
-    "output": {32: Launch(64, 4, 3, 4), 64: Launch(64, 4, 3, 3), 128: Launch(64, 4, 2, 2), 256: Launch(32, 8, 2, 1)},
-    "dq": {32: Launch(64, 4, 3, 4), 64: Launch(64, 4, 2, 2), 128: Launch(64, 8, 2, 1), 256: Launch(32, 8, 1, 1)},
-    "dstate": {32: Launch(64, 4, 3, 4), 64: Launch(32, 4, 4, 4), 128: Launch(32, 8, 3, 1), 256: Launch(32, 8, 2, 1)},
-    "dkv": {32: Launch(64, 4, 2, 4), 64: Launch(64, 4, 2, 2), 128: Launch(32, 4, 2, 2), 256: Launch(16, 8, 1, 1)},
+    "fused": {32: Launch(128, 4, 3, 4), 64: Launch(64, 4, 3, 4)},
+    "state": {64: Launch(64, 4, 3, 2), 128: Launch(64, 4, 3, 2), 256: Launch(32, 8, 2, 1)},
+    "output": {64: Launch(64, 4, 4, 2), 128: Launch(64, 4, 2, 2), 256: Launch(64, 8, 2, 1)},
+    "queries": {32: Launch(64, 4, 3, 4), 64: Launch(64, 4, 3, 2)},
+    "dq": {128: Launch(64, 8, 3, 2), 256: Launch(32, 8, 1, 1)},
+    "dstate": {128: Launch(64, 8, 3, 2), 256: Launch(32, 8, 2, 1)},
+    "keys": {32: Launch(128, 8, 2, 2), 64: Launch(64, 4, 3, 4)},
+    "dk": {128: Launch(64, 8, 2, 2), 256: Launch(16, 8, 1, 1)},
+    "dv": {128: Launch(64, 4, 3, 2), 256: Launch(64, 8, 1, 1)},
 }
-# The most elements of one D x BE block of the state: larger heads are cut along E.
+# The most elements of one D x BE block of the state, by the bytes of its parts: larger heads are cut along E.
 STATE_BLOCK = {2: 128 * 128, 4: 64 * 128}
 # What a program costs besides its tokens, in steps: loading the state, writing a part.
 STEPS_PER_PROGRAM = 2
+# Narrow heads share a tile of up to this many features.
+PACKED_WIDTH = 64
+# Up to this many tokens one program takes a whole head; beyond, other multiprocessors would wait for it.
+FUSED_TOKENS = 2048
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -53,14 +62,21 @@ def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _launch(kernel: str, width: int, dtype: torch.dtype) -> Launch:
+def _launch(kernel: str, width: int, dtype: torch.dtype, rotary: bool = False) -> Launch:
     table = CONFIGS[kernel]
     launch = table[min(w for w in table if w >= width)]
-    if dtype != torch.bfloat16 and width > 64:
-        # more parts of the state to hold
-        launch = dataclasses.replace(launch, warps=8, resident=1)
+    if dtype != torch.bfloat16:
+        # parts of 4 bytes
+        launch = dataclasses.replace(launch, stages=min(2, launch.stages))
+        if width > 64:
+            launch = dataclasses.replace(launch, warps=8, resident=1)
     if dtype == torch.float32:
         launch = dataclasses.replace(launch, block=max(16, launch.block // 2), stages=1)
+    if rotary and width > 64:
+        # tables of cos and sin to hold as well
+        launch = dataclasses.replace(launch, stages=min(launch.stages, 2 if width <= 128 else 1))
+        if kernel == "state":
+            launch = dataclasses.replace(launch, block=32, warps=8)
     return launch
 
 
@@ -72,10 +88,12 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _cut(kernel: str, width: int, dtype: torch.dtype, device: torch.device, tokens: int, heads: int):
+def _cut(
+    kernel: str, width: int, dtype: torch.dtype, rotary: bool, device: torch.device, tokens: int, heads: int
+) -> tuple[Launch, int, int]:
     """(launch, chunk, n_chunks) of a kernel that walks over the tokens of `heads` heads: n_chunks programs a head, of
     `chunk` blocks each, so that all finish soonest if as many run at a time as fit the device."""
-    launch = _launch(kernel, width, dtype)
+    launch = _launch(kernel, width, dtype, rotary)
     slots = _multiprocessors(device) * launch.resident
     steps = _cdiv(tokens, launch.block)
 
@@ -99,22 +117,27 @@ def _alignment(*tensors: torch.Tensor) -> int:
 class _Problem:
     """What the kernels of one call share."""
 
-    def __init__(self, q, k, v, cos, sin, feature_map):
+    def __init__(self, q, k, v, cos, sin, feature_map, eps):
         self.B, self.M, self.Hkv, self.E = v.shape
         self.N, self.H, self.D = q.shape[1:]
         self.device, self.dtype = q.device, q.dtype
         BD = _padded(self.D)
         self.width = max(BD, _padded(self.E))
-        BE = min(_padded(self.E), STATE_BLOCK[q.element_size()] // BD)
+        BE = min(_padded(self.E), STATE_BLOCK[2 if q.dtype == torch.bfloat16 else 4] // BD)
         self.e_blocks = _cdiv(self.E, BE)
         self.state_size = self.D * self.E + self.D
         self.softmax = feature_map == "softmax"
-        # phi(q) and phi(k) have the bits of q and k: products with them need no second part
-        self.exact = feature_map in ("relu", None) and cos is None
-        self.sum = {torch.bfloat16: "split", torch.float16: "tf32x2", torch.float32: "tf32x3"}[q.dtype]
-        self.parts = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 0}[q.dtype]
+        self.parts = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}[q.dtype]
+        # phi(q) and phi(k), as they are multiplied, have the bits of q and k
+        self.raw = feature_map in ("relu", None) and cos is None
         # ROTARY: 0 for none, else the alignment of cos and sin
         self.constants = dict(D=self.D, E=self.E, BD=BD, BE=BE, MAP=feature_map, ROTARY=0)
+        self.pack = 1
+        # with eps = 0 the 0 / 0 of one head would reach its neighbours
+        if self.D == self.E == BD <= PACKED_WIDTH // 2 and self.H == self.Hkv and not self.softmax and cos is None:
+            self.pack = math.gcd(PACKED_WIDTH // BD, self.H) if eps > 0 else 1
+        self.packed_width = self.width * self.pack
+        packed = {"PACK": self.pack} | ({} if self.pack == 1 else {"BD": self.packed_width, "BE": self.packed_width})
         self.rotary = (q, q, 0, 0, 0)
         if cos is not None:
             # one set of strides serves both
@@ -122,9 +145,13 @@ class _Problem:
                 cos, sin = cos.contiguous(), sin.contiguous()
             self.constants["ROTARY"] = _alignment(cos)
             self.rotary = (cos, sin, cos.stride(0) if cos.ndim == 3 else 0, *cos.stride()[-2:])
+        # the forward kernels' constants: heads share tiles
+        self.packed = self.constants | packed
 
-    def cut(self, kernel: str, tokens: int, heads: int, e_blocks: int = 1):
-        return _cut(kernel, self.width, self.dtype, self.device, tokens, self.B * heads * e_blocks)
+    def cut(self, kernel: str, tokens: int, heads: int, e_blocks: int = 1, width: int = 0):
+        width = width or self.width
+        rotary = self.constants["ROTARY"] > 0
+        return _cut(kernel, width, self.dtype, rotary, self.device, tokens, self.B * heads * e_blocks)
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, device=self.device, dtype=dtype)
@@ -153,7 +180,7 @@ def linear_attention_fwd(q, k, v, cos, sin, feature_map, eps):
 
     `eps` is added to q . z, whatever the normalizer: for "mean" it is M times the user's.
     """
-    p = _Problem(q, k, v, cos, sin, feature_map)
+    p = _Problem(q, k, v, cos, sin, feature_map, eps)
     o = p.empty(p.B, p.N, p.H, p.E, dtype=q.dtype)
     if p.M == 0 or q.numel() == 0 or o.numel() == 0:
         return o.zero_(), p.empty(p.B, p.Hkv, p.state_size).zero_()
@@ -163,32 +190,50 @@ def linear_attention_fwd(q, k, v, cos, sin, feature_map, eps):
     return o, state
 
 
+def linear_attention_inference(q, k, v, cos, sin, feature_map, eps):
+    """o alone. Few tokens go through one kernel that keeps the state to itself."""
+    p = _Problem(q, k, v, cos, sin, feature_map, eps)
+    few = max(p.N, p.M) <= FUSED_TOKENS and p.width <= max(CONFIGS["fused"])
+    if not few or p.H != p.Hkv or p.softmax or cos is not None or min(p.M, q.numel(), p.E) == 0:
+        return linear_attention_fwd(q, k, v, cos, sin, feature_map, eps)[0]
+    o = p.empty(p.B, p.N, p.H, p.E, dtype=q.dtype)
+    # whole heads are few enough programs; half as many would leave multiprocessors idle
+    launch = _launch("fused", p.width, p.dtype)
+    with _on_device(q):
+        linear_attention_fused_fwd_kernel[(p.B * p.H,)](
+            q, k, v, o, *q.stride(), *k.stride(), *v.stride(), p.N, p.M, p.H, eps,
+            D=p.D, E=p.E, BD=p.constants["BD"], BE=p.constants["BE"], BN=launch.block, MAP=feature_map,
+            ALIGN=_alignment(q, k, v), PARTS=p.parts, STAGES=launch.stages,
+            num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+    return o
+
+
 def linear_attention_bwd(grad, q, k, v, cos, sin, state, feature_map, eps):
     """(dq, dk, dv) from the gradient of o and the state of the forward."""
-    p = _Problem(q, k, v, cos, sin, feature_map)
+    p = _Problem(q, k, v, cos, sin, feature_map, eps)
     dq = p.empty(*q.shape, dtype=q.dtype)
     dk = p.empty(*k.shape, dtype=q.dtype)
     dv = p.empty(*v.shape, dtype=q.dtype)
     if dq.numel() == 0 or dk.numel() == 0 or dv.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     with _on_device(q):
-        dnormalizer = _write_dq(p, grad, q, state, dq, eps)
-        dstate = _state_gradient(p, grad, q, state, eps)
+        dnormalizer, dstate = _write_dq(p, grad, q, state, dq, eps)
         _write_dk_dv(p, k, v, state, dstate, dnormalizer, dk, dv)
     return dq, dk, dv
 
 
 def _key_state(p: _Problem, k, v):
-    launch, chunk, n_chunks = p.cut("state", p.M, p.Hkv, p.e_blocks)
+    heads = p.Hkv // p.pack
+    launch, chunk, n_chunks = p.cut("state", p.M, heads, p.e_blocks, p.packed_width)
 
     def sum_keys(rotated, online, log_sum):
         part_size = p.state_size + (p.D if online else 0)
         parts = p.empty(p.B, p.Hkv, n_chunks, part_size)
-        constants = p.constants if rotated else {**p.constants, "ROTARY": 0}
-        linear_attention_state_fwd_kernel[(p.B * p.Hkv * n_chunks, p.e_blocks)](
+        linear_attention_state_fwd_kernel[(p.B * heads * n_chunks, p.e_blocks)](
             k, v, *p.rotary[:2], log_sum, parts, *k.stride(), *v.stride(), *p.rotary[2:],
-            p.M, p.Hkv, n_chunks, chunk, **constants, BM=launch.block,
-            ALIGN=_alignment(k, v), EXACT=p.exact, SUM=p.sum, ONLINE=online, PART_SIZE=part_size,
+            p.M, p.Hkv, n_chunks, chunk, **(p.packed if rotated else {**p.packed, "ROTARY": 0}), BM=launch.block,
+            ALIGN=_alignment(k, v), PARTS=p.parts, ONLINE=online, PART_SIZE=part_size, STAGES=launch.stages,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
         return p.reduce(parts, online)
@@ -205,54 +250,67 @@ def _key_state(p: _Problem, k, v):
 
 
 def _write_output(p: _Problem, q, state, o, eps):
-    launch, chunk, n_chunks = p.cut("output", p.N, p.H, p.e_blocks)
-    linear_attention_output_fwd_kernel[(p.B * p.H * n_chunks, p.e_blocks)](
+    heads = p.H // p.pack
+    launch, chunk, n_chunks = p.cut("output", p.N, heads, p.e_blocks, p.packed_width)
+    parts = p.parts
+    if p.width >= 128 and p.dtype == torch.float16:
+        parts = "tf32x1"
+    if p.width >= 128 and p.dtype == torch.bfloat16 and not p.raw:
+        parts = "tf32cut"
+    linear_attention_output_fwd_kernel[(p.B * heads * n_chunks, p.e_blocks)](
         q, *p.rotary[:2], state, o, *q.stride(), *p.rotary[2:], p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps,
-        **p.constants, BN=launch.block, ALIGN=_alignment(q), EXACT=p.exact, PARTS=p.parts,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **p.packed, BN=launch.block, ALIGN=_alignment(q), PARTS=parts,
+        STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
 
 
 def _write_dq(p: _Problem, grad, q, state, dq, eps):
-    """Write dq and return the gradient of the normalizer (for "softmax", nothing of use)."""
-    launch, chunk, n_chunks = p.cut("dq", p.N, p.H)
-    parts = p.empty(p.B, p.H, n_chunks, 0 if p.softmax else p.D)
-    linear_attention_dq_bwd_kernel[(p.B * p.H * n_chunks,)](
-        grad, q, *p.rotary[:2], state, dq, parts, *grad.stride(), *q.stride(), *p.rotary[2:],
-        p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block,
-        ALIGN=_alignment(grad, q), PARTS=p.parts, STAGES=launch.stages,
-        num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
-    return None if p.softmax else p.reduce(parts.view(p.B, p.Hkv, -1, p.D))
+    """Write dq and return the gradients of the normalizer (for "softmax", nothing of use) and of S, (B, Hkv, D E)."""
 
+    def queries_bwd(kernel, dq, do_dq, do_dstate):
+        e_blocks = 1 if do_dq else p.e_blocks
+        launch, chunk, n_chunks = p.cut(kernel, p.N, p.H, e_blocks)
+        dnormalizer = p.empty(p.B, p.H, n_chunks, p.D if do_dq and not p.softmax else 0)
+        dstate = p.empty(p.B, p.H, n_chunks, p.D * p.E if do_dstate else 0)
+        linear_attention_dq_bwd_kernel[(p.B * p.H * n_chunks, e_blocks)](
+            grad, q, *p.rotary[:2], state, dq, dnormalizer, dstate, *grad.stride(), *q.stride(), *p.rotary[2:],
+            p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block, ALIGN=_alignment(grad, q),
+            PARTS=p.parts, DQ=do_dq, DSTATE=do_dstate, STAGES=launch.stages,
+            num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+        # the parts of the query heads that share a kv head lie side by side
+        return (x.view(p.B, p.Hkv, p.H // p.Hkv * n_chunks, x.shape[-1]) for x in (dnormalizer, dstate))
 
-def _state_gradient(p: _Problem, grad, q, state, eps):
-    """The gradient of S, (B, Hkv, D E)."""
-    launch, chunk, n_chunks = p.cut("dstate", p.N, p.H, p.e_blocks)
-    parts = p.empty(p.B, p.H, n_chunks, p.D * p.E)
-    linear_attention_dstate_bwd_kernel[(p.B * p.H * n_chunks, p.e_blocks)](
-        grad, q, *p.rotary[:2], state, parts, *grad.stride(), *q.stride(), *p.rotary[2:],
-        p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block,
-        ALIGN=_alignment(grad, q), SUM=p.sum, num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
-    # the parts of the query heads that share a kv head lie side by side
-    return p.reduce(parts.view(p.B, p.Hkv, -1, p.D * p.E))
+    if p.width <= max(CONFIGS["queries"]):
+        dnormalizer, dstate = queries_bwd("queries", dq, True, True)
+    else:
+        dnormalizer, _ = queries_bwd("dq", dq, True, False)
+        _, dstate = queries_bwd("dstate", dq, False, True)
+    return None if p.softmax else p.reduce(dnormalizer), p.reduce(dstate)
 
 
 def _write_dk_dv(p: _Problem, k, v, state, dstate, dnormalizer, dk, dv):
-    launch, chunk, n_chunks = p.cut("dkv", p.M, p.Hkv)
-
-    def dkv_bwd(dnormalizer, p_dk, correct):
+    def keys_bwd(kernel, dnormalizer, do_dk=False, do_dv=False):
+        """do_dk, do_dv: write them. With neither, return the correction of the softmax over tokens."""
+        launch, chunk, n_chunks = p.cut(kernel, p.M, p.Hkv)
+        correct = not (do_dk or do_dv)
+        # float16 parts of wide heads: see `_write_output`
+        precision = "tf32x1" if p.dtype == torch.float16 and do_dv and not do_dk else p.parts
+        parts = p.empty(p.B, p.Hkv, n_chunks, p.D if correct else 0)
         linear_attention_dkv_bwd_kernel[(p.B * p.Hkv * n_chunks,)](
-            k, v, *p.rotary[:2], state, dstate, dnormalizer, p_dk, dv, *k.stride(), *v.stride(), *p.rotary[2:],
-            p.M, p.Hkv, n_chunks, chunk, **p.constants, BM=launch.block, ALIGN=_alignment(k, v), EXACT=p.exact,
-            PARTS=p.parts, CORRECT=correct, num_warps=launch.warps, num_stages=launch.stages,
+            k, v, *p.rotary[:2], state, dstate, dnormalizer, parts if correct else dk, dv,
+            *k.stride(), *v.stride(), *p.rotary[2:], p.M, p.Hkv, n_chunks, chunk, **p.constants, BM=launch.block,
+            ALIGN=_alignment(k, v), PARTS=precision, DK=do_dk, DV=do_dv, CORRECT=correct, STAGES=launch.stages,
+            num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
+        return p.reduce(parts) if correct else None
 
     if p.softmax and p.constants["ROTARY"]:
-        parts = p.empty(p.B, p.Hkv, n_chunks, p.D)
-        dkv_bwd(state, parts, correct=True)
-        dnormalizer = p.reduce(parts)
+        dnormalizer = keys_bwd("dk", state)
     elif p.softmax:
         dnormalizer = (state[..., : p.D * p.E] * dstate).unflatten(-1, (p.D, p.E)).sum(-1)
-    dkv_bwd(dnormalizer, dk, correct=False)
+    if p.width <= max(CONFIGS["keys"]):
+        keys_bwd("keys", dnormalizer, do_dk=True, do_dv=True)
+    else:
+        keys_bwd("dk", dnormalizer, do_dk=True)
+        keys_bwd("dv", dnormalizer, do_dv=True)

@@ -1,4 +1,8 @@
-"""Forward kernels: the state of a stretch of keys, the sum over stretches, the output."""
+"""Forward kernels: the state of a stretch of keys, the sum over stretches, the output, and all three as one.
+
+Bytes: the state reads k and v, the output reads q and writes o: 4 B H N D elements for D = E, and no fewer are
+possible. benchmarks/NOTES.md has what each version took.
+"""
 
 import triton
 import triton.language as tl
@@ -6,18 +10,136 @@ import triton.language as tl
 from diffattn.kernels.linear_attention.triton_tiles import (
     dot_state,
     dot_tokens,
+    feature_offsets,
     load_rotary,
-    load_state,
     load_tile,
     map_elements,
     map_query,
+    nothing,
     rotate,
-    row_start,
-    split_state,
+    split,
+    state_offsets,
     store_tile,
+    tile_start,
+    token_offsets,
 )
 
 COUNTS = ["n_heads", "n_chunks", "chunk"]
+
+
+@triton.jit
+def program_part(n_heads, n_chunks, chunk, n_blocks, PACK: tl.constexpr):
+    """(sample, first head, chunk, first block, last block) of this program. Heads vary fastest: programs that run
+    together read the same rows of memory."""
+    i_p = tl.program_id(0)
+    n_groups = n_heads // PACK
+    i_h = i_p % n_groups * PACK
+    i_chunk = i_p // n_groups % n_chunks
+    i_b = i_p // n_groups // n_chunks
+    first = i_chunk * chunk
+    return i_b, i_h, i_chunk, first, tl.minimum(first + chunk, n_blocks)
+
+
+@triton.jit
+def sum_keys(
+    p_k,
+    p_v,
+    p_cos,
+    p_sin,
+    log_sum,
+    i_b,
+    i_h,
+    o_e,
+    first,
+    last,
+    stride_kb,
+    stride_km,
+    stride_kh,
+    stride_kd,
+    stride_vb,
+    stride_vm,
+    stride_vh,
+    stride_ve,
+    stride_cb,
+    stride_cm,
+    stride_cd,
+    M,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+    BM: tl.constexpr,
+    PACK: tl.constexpr,
+    MAP: tl.constexpr,
+    ROTARY: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PARTS: tl.constexpr,
+    ONLINE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """(S [BD, BE], z [BD], maximum [BD]) of blocks `first` to `last` of the keys of PACK heads from i_h on."""
+    # phi(k) has the bits of k
+    RAW: tl.constexpr = MAP == "relu" or MAP is None
+    PAD: tl.constexpr = float("-inf") if MAP == "elu1" or MAP == "softmax" else 0.0
+    o_m = tl.arange(0, BM)
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D * PACK
+    m_e = o_e < E * PACK
+    PAD_D: tl.constexpr = D * PACK != BD
+    PAD_E: tl.constexpr = E * PACK % BE != 0
+    r_km = token_offsets(o_m, stride_km, ALIGN)
+    r_kd = feature_offsets(o_d, stride_kh, stride_kd, D, PACK, ALIGN)
+    r_v = token_offsets(o_m, stride_vm, ALIGN)[:, None]
+    r_v = r_v + feature_offsets(o_e, stride_vh, stride_ve, E, PACK, ALIGN)[None, :]
+    state = tl.zeros((BD, o_e.shape[0]), tl.float32)
+    if ROTARY:
+        total = tl.zeros((BM, BD), tl.float32)
+    else:
+        # z 16 times: as a product with ones it needs no second copy of phi(k) in another layout
+        total = tl.zeros((BD, 16), tl.float32)
+        ones = tl.full((BM, 16), 1.0, p_v.dtype.element_ty)
+    top = tl.full((BD,), float("-inf"), tl.float32)
+    # whole blocks without row masks, then the one that may reach past the end
+    whole = tl.maximum(tl.minimum(last, M // BM), first)
+    for EDGE in tl.static_range(2):
+        for i_block in tl.range(whole if EDGE else first, last if EDGE else whole, num_stages=1 if EDGE else STAGES):
+            start = i_block * BM
+            m_m = o_m < M - start
+            b_pk = tile_start(p_k, i_b, i_h, start, stride_kb, stride_kh, stride_km, ALIGN)
+            b_pv = tile_start(p_v, i_b, i_h, start, stride_vb, stride_vh, stride_vm, ALIGN)
+            b_v = load_tile(b_pv, r_v, m_e[None, :], m_m[:, None], PAD_E, EDGE, 0.0)
+            if ROTARY:
+                # the pairs that rotate have to lie along the last axis
+                r_k = r_km[:, None] + r_kd[None, :]
+                b_k = load_tile(b_pk, r_k, m_d[None, :], m_m[:, None], PAD_D, EDGE, PAD)
+                mapped = map_elements(b_k, MAP)  # [BM, BD]
+                if MAP == "softmax":
+                    mapped = tl.exp(mapped - log_sum[None, :])
+                cos = load_rotary(p_cos, o_m, start, M - start, i_b, stride_cb, stride_cm, stride_cd, D, BD, ROTARY)
+                sin = load_rotary(p_sin, o_m, start, M - start, i_b, stride_cb, stride_cm, stride_cd, D, BD, ROTARY)
+                total += mapped
+                rotated = tl.trans(rotate(mapped, cos, sin))
+                state = dot_tokens(rotated, b_v, state, False, PARTS) + nothing(M)
+            else:
+                # loaded as [BD, BM] the keys are mapped in the registers that they are multiplied from
+                r_k = r_kd[:, None] + r_km[None, :]
+                b_k = load_tile(b_pk, r_k, m_d[:, None], m_m[None, :], PAD_D, EDGE, PAD)
+                mapped = map_elements(b_k, MAP)  # [BD, BM]
+                if ONLINE:
+                    new_top = tl.maximum(top, tl.max(mapped, 1))
+                    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+                    mapped = tl.exp(mapped - safe[:, None])
+                    shrink = tl.exp(top - safe)
+                    top = new_top
+                    state *= shrink[:, None]
+                    total *= shrink[:, None]
+                state = dot_tokens(mapped, b_v, state, RAW, PARTS)
+                total = dot_tokens(mapped, ones, total, RAW, PARTS) + nothing(M)
+    if ROTARY:
+        normalizer = tl.sum(total, 0)
+    else:
+        normalizer = tl.sum(total, 1) * 0.0625
+    return state, normalizer, top
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -48,65 +170,40 @@ def linear_attention_state_fwd_kernel(
     BD: tl.constexpr,
     BE: tl.constexpr,
     BM: tl.constexpr,
+    PACK: tl.constexpr,
     MAP: tl.constexpr,
     ROTARY: tl.constexpr,
     ALIGN: tl.constexpr,
-    EXACT: tl.constexpr,
-    SUM: tl.constexpr,
+    PARTS: tl.constexpr,
     ONLINE: tl.constexpr,
     PART_SIZE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """S and z over `chunk` blocks of keys of one head, written to part (b, h, i_chunk): S (D x E), z (D).
+    """S and z over `chunk` blocks of keys of PACK heads, written to parts (b, h, i_chunk): S (D x E), z (D).
 
     For "softmax" the keys are mapped by exp(k - log_sum), or if ONLINE by exp(k - max), and the maximum over the
     chunk (D) follows z.
     """
-    i_p = tl.program_id(0)
-    i_e = tl.program_id(1)
-    # heads vary fastest: programs that run together read the same rows of memory
-    i_h = i_p % n_heads
-    i_chunk = (i_p // n_heads) % n_chunks
-    i_b = i_p // n_heads // n_chunks
-    o_m = tl.arange(0, BM)
+    i_b, i_h, i_chunk, first, last = program_part(n_heads, n_chunks, chunk, tl.cdiv(M, BM), PACK)
     o_d = tl.arange(0, BD)
-    o_e = i_e * BE + tl.arange(0, BE)
-
-    PAD: tl.constexpr = float("-inf") if MAP == "elu1" or MAP == "softmax" else 0.0
-    state = tl.zeros((BD, BE), tl.float32)
-    key_sum = tl.zeros((BM, BD), tl.float32)
-    top = tl.full((BD,), float("-inf"), tl.float32)
+    o_e = tl.program_id(1) * BE + tl.arange(0, BE)
+    log_sum = 0.0
     if MAP == "softmax" and not ONLINE:
         log_sum = tl.load(p_log_sum + (i_b * n_heads + i_h) * D + o_d, mask=o_d < D, other=float("inf"))
-    for i_block in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, tl.cdiv(M, BM))):
-        start = i_block * BM
-        b_k = row_start(p_k, i_b, i_h, start, stride_kb, stride_kh, stride_km, ALIGN)
-        b_k = load_tile(b_k, o_m, o_d, stride_km, stride_kd, M - start, D, BD, PAD, ALIGN)
-        b_v = row_start(p_v, i_b, i_h, start, stride_vb, stride_vh, stride_vm, ALIGN)
-        b_v = load_tile(b_v, o_m, o_e, stride_vm, stride_ve, M - start, E, BE, 0.0, ALIGN)
-        mapped = map_elements(b_k, MAP)  # [BM, BD]
-        if MAP == "softmax" and not ONLINE:
-            mapped = tl.exp(mapped - log_sum[None, :])
-        if ONLINE:
-            new_top = tl.maximum(top, tl.max(mapped, 0))
-            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-            mapped = tl.exp(mapped - safe[None, :])
-            shrink = tl.exp(top - safe)
-            top = new_top
-            state *= shrink[:, None]
-            key_sum *= shrink[None, :]
-        key_sum += mapped
-        if ROTARY:
-            cos = load_rotary(p_cos, o_m, start, i_b, stride_cb, stride_cm, stride_cd, M - start, D, BD, ROTARY)
-            sin = load_rotary(p_sin, o_m, start, i_b, stride_cb, stride_cm, stride_cd, M - start, D, BD, ROTARY)
-            mapped = rotate(mapped, cos, sin)
-        state = dot_tokens(mapped, b_v, state, EXACT, SUM)
-
+    state, normalizer, top = sum_keys(
+        p_k, p_v, p_cos, p_sin, log_sum, i_b, i_h, o_e, first, last, stride_kb, stride_km, stride_kh, stride_kd,
+        stride_vb, stride_vm, stride_vh, stride_ve, stride_cb, stride_cm, stride_cd, M,
+        D, E, BD, BE, BM, PACK, MAP, ROTARY, ALIGN, PARTS, ONLINE, STAGES,
+    )  # fmt: skip
     p_part = p_parts + ((i_b * n_heads + i_h).to(tl.int64) * n_chunks + i_chunk) * PART_SIZE
-    store_tile(p_part, state, o_d, o_e, E, D, E, BE)
-    if i_e == 0:
-        tl.store(p_part + D * E + o_d, tl.sum(key_sum, 0), mask=o_d < D)
+    r_state, m_state = state_offsets(o_d, o_e, n_chunks * PART_SIZE, D, E, PACK)
+    tl.store(p_part + r_state, state, mask=m_state)
+    if tl.program_id(1) == 0:
+        m_d = o_d < D * PACK
+        r_z = o_d // D * (n_chunks * PART_SIZE) + o_d % D
+        tl.store(p_part + D * E + r_z, normalizer, mask=m_d)
         if ONLINE:
-            tl.store(p_part + D * E + D + o_d, top, mask=o_d < D)
+            tl.store(p_part + D * E + D + r_z, top, mask=m_d)
 
 
 @triton.jit(do_not_specialize=["n_parts"])
@@ -161,6 +258,90 @@ def linear_attention_reduce_kernel(
     tl.store(p_state + i_head * SIZE + o_x, out, mask=o_x < SIZE)
 
 
+@triton.jit
+def write_outputs(
+    p_q,
+    p_cos,
+    p_sin,
+    p_o,
+    state,
+    normalizer,
+    i_b,
+    i_h,
+    o_e,
+    first,
+    last,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_qd,
+    stride_cb,
+    stride_cn,
+    stride_cd,
+    N,
+    n_heads,
+    eps,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+    BN: tl.constexpr,
+    PACK: tl.constexpr,
+    MAP: tl.constexpr,
+    ROTARY: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """o_n = (rot(phi(q_n)) S) / (phi(q_n) . z + eps) for blocks `first` to `last` of the queries of PACK heads."""
+    RAW: tl.constexpr = MAP == "relu" or MAP is None
+    o_n = tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    m_d = (o_d < D * PACK)[None, :]
+    m_e = (o_e < E * PACK)[None, :]
+    PAD_D: tl.constexpr = D * PACK != BD
+    PAD_E: tl.constexpr = E * PACK % BE != 0
+    r_q = token_offsets(o_n, stride_qn, ALIGN)[:, None]
+    r_q = r_q + feature_offsets(o_d, stride_qh, stride_qd, D, PACK, ALIGN)[None, :]
+    r_o = o_n.to(tl.int64)[:, None] * (n_heads * E) + o_e[None, :]
+    high, low = split(state, PARTS)
+    if MAP != "softmax" and ROTARY == 0:
+        # The denominator is a product too, a column for each head: a sum over features would cross threads.
+        o_j = tl.arange(0, 16)
+        own = (o_d // D)[:, None] == o_j[None, :]
+        z_high, z_low = split(tl.where(own | (PACK == 1), normalizer[:, None], 0.0), PARTS)
+        # and another brings it to the head's features
+        spread = (o_j[:, None] == (o_e // E)[None, :]).to(p_q.dtype.element_ty)
+    whole = tl.maximum(tl.minimum(last, N // BN), first)
+    for EDGE in tl.static_range(2):
+        for i_block in tl.range(whole if EDGE else first, last if EDGE else whole, num_stages=1 if EDGE else STAGES):
+            start = i_block * BN
+            m_n = (o_n < N - start)[:, None]
+            b_pq = tile_start(p_q, i_b, i_h, start, stride_qb, stride_qh, stride_qn, ALIGN)
+            b_q = load_tile(b_pq, r_q, m_d, m_n, PAD_D, EDGE, 0.0)
+            mapped = map_query(b_q, m_d, MAP, PAD_D)  # [BN, BD]
+            rotated = mapped
+            if ROTARY:
+                cos = load_rotary(p_cos, o_n, start, N - start, i_b, stride_cb, stride_cn, stride_cd, D, BD, ROTARY)
+                sin = load_rotary(p_sin, o_n, start, N - start, i_b, stride_cb, stride_cn, stride_cd, D, BD, ROTARY)
+                rotated = rotate(mapped, cos, sin)
+            b_o = dot_state(rotated, high, low, RAW and ROTARY == 0, PARTS)  # [BN, BE]
+            if MAP != "softmax":
+                if ROTARY:
+                    denominator = tl.sum(mapped * normalizer[None, :], 1)
+                else:
+                    denominator = dot_state(mapped, z_high, z_low, RAW, PARTS)  # [BN, 16]
+                if PACK == 1 and ROTARY == 0:
+                    denominator = tl.sum(denominator, 1) * 0.0625
+                inverse = 1.0 / (denominator + eps)
+                if PACK == 1:
+                    b_o *= inverse[:, None]
+                else:
+                    b_o *= dot_tokens(inverse, spread, tl.zeros((BN, BE), tl.float32), False, PARTS)
+            b_po = p_o + ((i_b.to(tl.int64) * N + start) * n_heads + i_h) * E
+            store_tile(b_po, b_o, r_o, m_e, m_n, PAD_E, EDGE)
+
+
 @triton.jit(do_not_specialize=[*COUNTS, "group"])
 def linear_attention_output_fwd_kernel(
     p_q,
@@ -186,39 +367,74 @@ def linear_attention_output_fwd_kernel(
     BD: tl.constexpr,
     BE: tl.constexpr,
     BN: tl.constexpr,
+    PACK: tl.constexpr,
     MAP: tl.constexpr,
     ROTARY: tl.constexpr,
     ALIGN: tl.constexpr,
-    EXACT: tl.constexpr,
     PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """o_n = (rot(phi(q_n)) S) / (phi(q_n) . z + eps) for `chunk` blocks of queries of one head."""
-    i_p = tl.program_id(0)
-    i_h = i_p % n_heads
-    i_chunk = (i_p // n_heads) % n_chunks
-    i_b = i_p // n_heads // n_chunks
-    o_n = tl.arange(0, BN)
+    """The output of `chunk` blocks of queries of PACK heads, from the state of their key/value heads. With PACK > 1
+    there is one of those for each query head."""
+    i_b, i_h, _, first, last = program_part(n_heads, n_chunks, chunk, tl.cdiv(N, BN), PACK)
     o_d = tl.arange(0, BD)
     o_e = tl.program_id(1) * BE + tl.arange(0, BE)
+    SIZE: tl.constexpr = D * E + D
+    p_state += ((i_b * n_heads + i_h) // group).to(tl.int64) * SIZE
+    r_state, m_state = state_offsets(o_d, o_e, SIZE, D, E, PACK)
+    state = tl.load(p_state + r_state, mask=m_state, other=0.0)
+    normalizer = tl.load(p_state + D * E + o_d // D * SIZE + o_d % D, mask=o_d < D * PACK, other=0.0)
+    write_outputs(
+        p_q, p_cos, p_sin, p_o, state, normalizer, i_b, i_h, o_e, first, last,
+        stride_qb, stride_qn, stride_qh, stride_qd, stride_cb, stride_cn, stride_cd, N, n_heads, eps,
+        D, E, BD, BE, BN, PACK, MAP, ROTARY, ALIGN, PARTS, STAGES,
+    )  # fmt: skip
 
-    PAD: tl.constexpr = float("-inf") if MAP == "elu1" or MAP == "softmax" else 0.0
-    p_state += ((i_b * n_heads + i_h) // group).to(tl.int64) * (D * E + D)
-    high, low, undo_state = split_state(load_state(p_state, o_d, o_e, D, E), PARTS)
-    normalizer = tl.load(p_state + D * E + o_d, mask=o_d < D, other=0.0)
-    for i_block in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, tl.cdiv(N, BN))):
-        start = i_block * BN
-        b_q = row_start(p_q, i_b, i_h, start, stride_qb, stride_qh, stride_qn, ALIGN)
-        b_q = load_tile(b_q, o_n, o_d, stride_qn, stride_qd, N - start, D, BD, PAD, ALIGN)
-        mapped = map_query(b_q, MAP)  # [BN, BD]
-        if MAP == "softmax":
-            denominator = tl.full((BN,), 1.0, tl.float32)
-        else:
-            denominator = tl.sum(mapped * normalizer[None, :], 1) + eps
-        if ROTARY:
-            cos = load_rotary(p_cos, o_n, start, i_b, stride_cb, stride_cn, stride_cd, N - start, D, BD, ROTARY)
-            sin = load_rotary(p_sin, o_n, start, i_b, stride_cb, stride_cn, stride_cd, N - start, D, BD, ROTARY)
-            mapped = rotate(mapped, cos, sin)
-        b_o, undo = dot_state(mapped * undo_state[None, :], high, low, EXACT, PARTS)  # [BN, BE]
-        b_o *= (undo / denominator)[:, None]
-        out = ((i_b.to(tl.int64) * N + start) * n_heads + i_h) * E
-        store_tile(p_o + out, b_o, o_n, o_e, n_heads * E, N - start, E, BE)
+
+@triton.jit(do_not_specialize=["n_heads"])
+def linear_attention_fused_fwd_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_o,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_km,
+    stride_kh,
+    stride_kd,
+    stride_vb,
+    stride_vm,
+    stride_vh,
+    stride_ve,
+    N,
+    M,
+    n_heads,
+    eps,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+    BN: tl.constexpr,
+    MAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """All of a head in one program, the state in registers: for few tokens, where a launch costs as much as they."""
+    i_b, i_h, _, _, _ = program_part(n_heads, 1, 0, 0, 1)
+    o_d = tl.arange(0, BD)
+    o_e = tl.arange(0, BE)
+    state, normalizer, _ = sum_keys(
+        p_k, p_v, p_k, p_k, 0.0, i_b, i_h, o_e, 0, tl.cdiv(M, BN), stride_kb, stride_km, stride_kh, stride_kd,
+        stride_vb, stride_vm, stride_vh, stride_ve, 0, 0, 0, M,
+        D, E, BD, BE, BN, 1, MAP, 0, ALIGN, PARTS, False, STAGES,
+    )  # fmt: skip
+    _, m_state = state_offsets(o_d, o_e, 0, D, E, 1)
+    write_outputs(
+        p_q, p_q, p_q, p_o, tl.where(m_state, state, 0.0), tl.where(o_d < D, normalizer, 0.0), i_b, i_h, o_e,
+        0, tl.cdiv(N, BN), stride_qb, stride_qn, stride_qh, stride_qd, 0, 0, 0, N, n_heads, eps,
+        D, E, BD, BE, BN, 1, MAP, 0, ALIGN, PARTS, STAGES,
+    )  # fmt: skip

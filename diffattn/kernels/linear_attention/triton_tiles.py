@@ -1,15 +1,24 @@
 """Device functions shared by the forward and backward kernels.
 
-Arithmetic. A product of two 16-bit tiles is exact up to float32 accumulation, but phi(q), the rotated tiles and
-the state S are float32, and rounding two of them to bfloat16 already costs more than rounding the output. So:
+Arithmetic. Sums and quotients of 16-bit data need more bits and a wider range than the data have, so a float32
+operand of a product is written as a sum of `PARTS`:
 
-- Products over the tokens (S = sum_m k_m v_m^T) keep the wide exponent range that sums and quotients need.
-  `SUM` says how: `"split"` writes the float32 operand as high + low parts in the dtype of the other, `"tf32x2"`
-  as high + low tf32 (11 bits each, as float16, with the exponents of float32), `"tf32x3"` splits both operands.
-- Products with the state (o = q S) take S in `PARTS` float16 parts, which have three more bits than bfloat16.
-  Powers of two, one a row, put both operands in float16's range. `PARTS` 0 stays in float32.
+- `"bf16"`, for bfloat16 data: high + low, 16 bits in all, with the exponents of float32.
+- `"tf32"`, for float16 data: high + low in tf32, 22 bits.
+- `"tf32x3"`, for float32 data: Triton splits both operands into tf32 parts.
+- `"tf32x1"`: one tf32 part, 11 bits, for float16 data of wide heads, which have no registers for more.
+- `"tf32cut"`: the same, but cut off by the product itself, for bfloat16 queries of wide heads: three products would
+  take longer than the memory, and numerator and denominator see the same cut query, so most of it cancels.
 
-Tiles are padded in registers to powers of two; padding reads as phi = 0 and nothing of it is stored.
+EXACT says that an operand has the bits of the data, as relu(k) has: then it is one part.
+
+Tiles are padded in registers to powers of two. Padding reads as 0 and nothing of it is stored. Heads of up to 32
+features share a tile, PACK of them side by side, so that its rows are whole lines of memory. Their states are blocks
+on a diagonal; products between different heads are 0 or not used.
+
+Waits. Products run asynchronously, and Triton up to 3.7 lets one whose left operand is in registers run on into the
+next turn of a loop, which may overwrite them (triton-lang/triton#9433). So the loops end each turn with a product
+whose result is also used in plain arithmetic, which has to wait for it and for all before it: `+ nothing(n)`.
 """
 
 import triton
@@ -17,55 +26,83 @@ import triton.language as tl
 
 
 @triton.jit
-def row_start(p, i_b, i_h, start, stride_b, stride_h, stride_n, ALIGN: tl.constexpr):
-    """Pointer to token `start` of head (i_b, i_h). Every stride used here is a multiple of ALIGN elements."""
+def nothing(n):
+    """0 for a number of tokens, which the compiler cannot know."""
+    return (n < 0).to(tl.float32)
+
+
+@triton.jit
+def token_offsets(o_n, stride_n, ALIGN: tl.constexpr):
+    """A stride is 1 or a multiple of ALIGN elements: the compiler by itself only sees multiples of 16, and without
+    knowing a common factor it loads one element at a time."""
+    return tl.multiple_of(o_n.to(tl.int64) * stride_n, ALIGN)
+
+
+@triton.jit
+def feature_offsets(o_d, stride_h, stride_d, D: tl.constexpr, PACK: tl.constexpr, ALIGN: tl.constexpr):
+    """Of the features of PACK heads, side by side."""
+    if PACK == 1:
+        offsets = tl.multiple_of(o_d.to(tl.int64) * stride_d, ALIGN)
+    else:
+        head = tl.multiple_of((o_d // D).to(tl.int64) * stride_h, ALIGN)
+        offsets = head + tl.multiple_of((o_d % D).to(tl.int64) * stride_d, ALIGN)
+    return offsets
+
+
+@triton.jit
+def tile_start(p, i_b, i_h, start, stride_b, stride_h, stride_n, ALIGN: tl.constexpr):
+    """Pointer to token `start` of head (i_b, i_h)."""
     head = i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
     token = tl.cast(start, tl.int64) * stride_n
     return p + tl.multiple_of(head, ALIGN) + tl.multiple_of(token, ALIGN)
 
 
 @triton.jit
-def load_tile(
-    p, o_n, o_d, stride_n, stride_d, n, D: tl.constexpr, BD: tl.constexpr, PAD: tl.constexpr, ALIGN: tl.constexpr
-):
-    """Rows o_n < n and columns o_d < D of the matrix at p; PAD elsewhere. o_d holds BD columns.
-
-    A stride is 1 or a multiple of ALIGN: the compiler by itself only sees multiples of 16, and without knowing a
-    common factor it loads one element at a time.
-    """
-    rows = tl.multiple_of(o_n.to(tl.int64) * stride_n, ALIGN)
-    columns = tl.multiple_of(o_d.to(tl.int64) * stride_d, ALIGN)
-    mask = o_n[:, None] < n
-    if D % BD != 0:
-        mask = mask & (o_d[None, :] < D)
-    return tl.load(p + (rows[:, None] + columns[None, :]), mask=mask, other=PAD)
+def load_tile(p, offsets, m_d, m_n, PADDED: tl.constexpr, EDGE: tl.constexpr, PAD: tl.constexpr):
+    """The tile at p + offsets: 0 outside m_d, which only matters if PADDED, and PAD outside m_n, only if EDGE."""
+    if EDGE:
+        x = tl.load(p + offsets, mask=m_d & m_n, other=PAD)
+    elif PADDED:
+        x = tl.load(p + offsets, mask=tl.broadcast_to(m_d, offsets.shape), other=0.0)
+    else:
+        x = tl.load(p + offsets)
+    return x
 
 
 @triton.jit
-def store_tile(p, x, o_n, o_d, stride_n, n, D: tl.constexpr, BD: tl.constexpr):
-    """The inverse of `load_tile` for a matrix whose columns are contiguous."""
-    offsets = o_n.to(tl.int64)[:, None] * stride_n + o_d[None, :]
-    mask = o_n[:, None] < n
-    if D % BD != 0:
-        mask = mask & (o_d[None, :] < D)
-    tl.store(p + offsets, x.to(p.dtype.element_ty), mask=mask)
+def store_tile(p, x, offsets, m_d, m_n, PADDED: tl.constexpr, EDGE: tl.constexpr):
+    """The inverse of `load_tile`."""
+    x = x.to(p.dtype.element_ty)
+    if EDGE:
+        tl.store(p + offsets, x, mask=m_d & m_n)
+    elif PADDED:
+        tl.store(p + offsets, x, mask=tl.broadcast_to(m_d, offsets.shape))
+    else:
+        tl.store(p + offsets, x)
 
 
 @triton.jit
-def load_state(p, o_d, o_e, D: tl.constexpr, E: tl.constexpr):
-    """Columns o_e of the D x E matrix at p."""
-    mask = (o_d[:, None] < D) & (o_e[None, :] < E)
-    return tl.load(p + o_d[:, None] * E + o_e[None, :], mask=mask, other=0.0)
+def state_offsets(o_d, o_e, head_size, D: tl.constexpr, E: tl.constexpr, PACK: tl.constexpr):
+    """Where element (o_d, o_e) of the state lies, the states of PACK heads being blocks on a diagonal, and whether it
+    is one of theirs. A head's state takes `head_size` elements."""
+    if PACK == 1:
+        offsets = o_d[:, None] * E + o_e[None, :]
+        m_state = (o_d[:, None] < D) & (o_e[None, :] < E)
+    else:
+        offsets = (o_d // D * head_size)[:, None] + (o_d % D)[:, None] * E + (o_e % E)[None, :]
+        m_state = (o_d // D)[:, None] == (o_e // E)[None, :]
+    return offsets, m_state
 
 
 @triton.jit
 def map_elements(x, MAP: tl.constexpr):
-    """phi for the maps that act on each element alone; -inf gives 0."""
+    """phi for the maps that act on each element alone, float32; -inf gives 0."""
     x = x.to(tl.float32)
     if MAP == "relu":
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if MAP == "elu1":
-        x = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)))
+        # exp2 is one instruction; exp would take care of denormal results
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + tl.exp2(tl.minimum(x, 0.0) * 1.4426950408889634)
     if MAP is None:
         # As loaded it would go straight into a product, and the pipeline keeps too few buffers of a tile that does
         # that and has another use: a race (triton-lang/triton#6691). The compiler does not fold an added 0.
@@ -74,10 +111,12 @@ def map_elements(x, MAP: tl.constexpr):
 
 
 @triton.jit
-def map_query(x, MAP: tl.constexpr):
+def map_query(x, m_d, MAP: tl.constexpr, PADDED: tl.constexpr):
     """phi(q), [BN, BD] float32."""
     x = map_elements(x, MAP)
     if MAP == "softmax":
+        if PADDED:
+            x = tl.where(m_d, x, float("-inf"))
         top = tl.max(x, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
         x = tl.exp(x - top[:, None])
@@ -99,11 +138,13 @@ def map_gradient(x, mapped, grad, MAP: tl.constexpr):
 
 @triton.jit
 def load_rotary(
-    p, o_n, start, i_b, stride_b, stride_n, stride_d, n, D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr
+    p, o_n, start, n, i_b, stride_b, stride_n, stride_d, D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr
 ):
     """cos or sin of the tile's tokens, [BN, BD / 2] float32."""
-    p = row_start(p, i_b, i_b, start, stride_b, 0, stride_n, ALIGN)
-    return load_tile(p, o_n, tl.arange(0, BD // 2), stride_n, stride_d, n, D // 2, BD // 2, 0.0, ALIGN).to(tl.float32)
+    o_d = tl.arange(0, BD // 2)
+    p = tile_start(p, i_b, i_b, start, stride_b, 0, stride_n, ALIGN)
+    offsets = token_offsets(o_n, stride_n, ALIGN)[:, None] + feature_offsets(o_d, 0, stride_d, D, 1, ALIGN)[None, :]
+    return load_tile(p, offsets, (o_d < D // 2)[None, :], (o_n < n)[:, None], True, True, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -114,72 +155,58 @@ def rotate(x, cos, sin):
 
 
 @triton.jit
-def power_of_two(x):
-    """s and 1 / s, powers of two with s * x in [1, 2), for x >= 0; where that is out of range, the nearest."""
-    exponent = x.to(tl.int32, bitcast=True) >> 23
-    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-    scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    return scale, (exponent << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def round_to_tf32(x):
-    """Round to the 11 bits that a tf32 product reads; by itself it truncates, which is biased."""
-    bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def dot_tokens(a, b, acc, EXACT: tl.constexpr, SUM: tl.constexpr):
-    """acc + a^T b for a [BN, BD] float32 and b [BN, BE] as loaded. EXACT: a is exact in the dtype of b."""
-    if SUM == "tf32x3":
-        acc = tl.dot(tl.trans(a), b.to(tl.float32), acc, input_precision="tf32x3")
-    elif EXACT:
-        acc = tl.dot(tl.trans(a.to(b.dtype)), b, acc)
-    elif SUM == "tf32x2":
-        b = b.to(tl.float32)
-        high = round_to_tf32(a)
-        acc = tl.dot(tl.trans(high), b, acc, input_precision="tf32")
-        acc = tl.dot(tl.trans(round_to_tf32(a - high)), b, acc, input_precision="tf32")
+def split(x, PARTS: tl.constexpr):
+    """(high, low) with x = high + low up to the bits of two parts."""
+    if PARTS == "bf16":
+        # the high part is cut, not rounded: no conversion back is needed to find the low one
+        high = (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+        low = (x - high).to(tl.bfloat16)
+        high = high.to(tl.bfloat16)
+    elif PARTS == "tf32x3":
+        high = x
+        low = x
     else:
-        high = a.to(b.dtype)
-        low = (a - high.to(tl.float32)).to(b.dtype)
-        acc = tl.dot(tl.trans(high), b, acc)
-        acc = tl.dot(tl.trans(low), b, acc)
+        # a product reads 11 bits and cuts the rest, which is biased
+        high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        low = x - high
+    return high, low
+
+
+@triton.jit
+def dot_tokens(a, b, acc, EXACT: tl.constexpr, PARTS: tl.constexpr):
+    """acc + a b for a [BD, BN] float32 and b [BN, BE] in the dtype of the data. EXACT: a has the bits of it."""
+    if PARTS == "tf32x3":
+        acc = tl.dot(a, b.to(tl.float32), acc, input_precision="tf32x3")
+    elif PARTS == "tf32x1" or PARTS == "tf32cut":
+        acc = tl.dot(split(a, PARTS)[0], b.to(tl.float32), acc, input_precision="tf32")
+    elif EXACT:
+        acc = tl.dot(a.to(b.dtype), b, acc)
+    else:
+        high, low = split(a, PARTS)
+        if PARTS == "tf32":
+            b = b.to(tl.float32)
+        acc = tl.dot(high, b, acc, input_precision="tf32")
+        acc = tl.dot(low, b, acc, input_precision="tf32")
     return acc
 
 
 @triton.jit
-def split_state(state, PARTS: tl.constexpr):
-    """(high, low, scale) with state = (high + low) * scale[:, None]; without PARTS, (state, state, 1)."""
-    if PARTS == 0:
-        high = state
-        low = state
-        undo = tl.full((state.shape[0],), 1.0, tl.float32)
-    else:
-        scale, undo = power_of_two(tl.max(tl.abs(state), 1))
-        scaled = state * scale[:, None]
-        high = scaled.to(tl.float16)
-        low = (scaled - high.to(tl.float32)).to(tl.float16)
-    return high, low, undo
-
-
-@triton.jit
 def dot_state(x, high, low, EXACT: tl.constexpr, PARTS: tl.constexpr):
-    """(y, scale) with y * scale[:, None] = x (high + low), for x [BN, K] float32 and parts of [K, L].
-
-    EXACT: x has at most the 11 bits of float16.
-    """
-    if PARTS == 0:
+    """x (high + low) for x [BN, K] float32 and the parts of a [K, L] matrix. EXACT: x has the bits of the data."""
+    if PARTS == "tf32x3":
         y = tl.dot(x, high, input_precision="tf32x3")
-        undo = tl.full((x.shape[0],), 1.0, tl.float32)
+    elif PARTS == "tf32x1":
+        x, _ = split(x, PARTS)
+        y = tl.dot(x, high, input_precision="tf32")
+    elif PARTS == "tf32cut":
+        y = tl.dot(x, high, input_precision="tf32")
+    elif EXACT:
+        x = x.to(high.dtype)
+        y = tl.dot(x, high, input_precision="tf32")
+        y = tl.dot(x, low, y, input_precision="tf32")
     else:
-        scale, undo = power_of_two(tl.max(tl.abs(x), 1))
-        x = x * scale[:, None]
-        x_high = x.to(tl.float16)
-        y = tl.dot(x_high, high)
-        if PARTS == 2:
-            y = tl.dot(x_high, low, y)
-            if not EXACT:
-                y = tl.dot((x - x_high.to(tl.float32)).to(tl.float16), high, y)
-    return y, undo
+        x_high, x_low = split(x, PARTS)
+        y = tl.dot(x_high, high, input_precision="tf32")
+        y = tl.dot(x_high, low, y, input_precision="tf32")
+        y = tl.dot(x_low, high, y, input_precision="tf32")
+    return y
