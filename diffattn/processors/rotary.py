@@ -75,7 +75,7 @@ def join(rotaries: list[Rotary | None], lengths: list[int]) -> Rotary | None:
     known = next((r for r in rotaries if r is not None), None)
     if known is None:
         return None
-    batch = max((r.cos.shape[:-2] for r in rotaries if r is not None), key=len)
+    batch = next((r.cos.shape[:1] for r in rotaries if r is not None and r.cos.dim() == 3), ())
 
     def table(index: int, rest: float) -> Tensor:
         width = known.cos.shape[-1]

@@ -6,20 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from tests.models.base import TinyModel, text_mask, two_times
-from tests.models.transformers_image import (
-    FLUX,
-    HUNYUAN_DIT,
-    QWEN_IMAGE,
-    SD3,
-    Z_IMAGE,
-    flux_inputs,
-    hunyuan_dit_inputs,
-    qwen_image_inputs,
-    sd3_inputs,
-    z_image_inputs,
-)
-from tests.models.transformers_video import COSMOS
+from tests.models.image_joint import FLUX, QWEN_IMAGE, SD3, flux_inputs, qwen_image_inputs, sd3_inputs
+from tests.models.image_stream import HUNYUAN_DIT, Z_IMAGE, hunyuan_dit_inputs, z_image_inputs
 from tests.models.unets import UNET, without
+from tests.models.video_stream import COSMOS
 
 CONTROLNET = without(UNET, "sample_size", "up_block_types") | dict(conditioning_embedding_out_channels=(4, 4))
 

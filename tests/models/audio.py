@@ -22,7 +22,7 @@ def tokens_mask(length):
     return text_mask(length).bool()
 
 
-TRANSFORMERS_AUDIO = [
+AUDIO = [
     TinyModel(
         "AceStepTransformer1DModel",
         dict(
