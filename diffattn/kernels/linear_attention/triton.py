@@ -14,6 +14,8 @@ from diffattn.kernels.linear_attention.triton_bwd import (
 from diffattn.kernels.linear_attention.triton_fwd import (
     linear_attention_fused_fwd_kernel,
     linear_attention_output_fwd_kernel,
+)
+from diffattn.kernels.linear_attention.triton_state import (
     linear_attention_reduce_kernel,
     linear_attention_state_fwd_kernel,
 )
@@ -44,6 +46,8 @@ CONFIGS = {
 }
 # The most elements of one D x BE block of the state, by the bytes of its parts: larger heads are cut along E.
 STATE_BLOCK = {2: 128 * 128, 4: 64 * 128}
+# How products split float32 operands, see triton_tiles.py.
+PARTS = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 # What a program costs besides its tokens, in steps: loading the state, writing a part.
 STEPS_PER_PROGRAM = 2
 # Narrow heads share a tile of up to this many features.
@@ -104,14 +108,18 @@ def _cut(
     return launch, chunk, _cdiv(steps, chunk)
 
 
-def _alignment(*tensors: torch.Tensor) -> int:
-    """The largest power of two up to 16 that divides every stride but the unit ones."""
+def _alignment(*layouts: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
+    """The largest power of two up to 16 that divides every stride but the unit ones, of (shape, stride) pairs."""
     common = 16
-    for x in tensors:
-        for size, stride in zip(x.shape, x.stride(), strict=True):
-            if size > 1 and stride != 1:
-                common = math.gcd(common, stride)
+    for shape, stride in layouts:
+        for n, step in zip(shape, stride, strict=True):
+            if n > 1 and step != 1:
+                common = math.gcd(common, step)
     return common
+
+
+def _aligned(*tensors: torch.Tensor) -> int:
+    return _alignment(*((x.shape, x.stride()) for x in tensors))
 
 
 class _Problem:
@@ -127,7 +135,7 @@ class _Problem:
         self.e_blocks = _cdiv(self.E, BE)
         self.state_size = self.D * self.E + self.D
         self.softmax = feature_map == "softmax"
-        self.parts = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}[q.dtype]
+        self.parts = PARTS[q.dtype]
         # phi(q) and phi(k), as they are multiplied, have the bits of q and k
         self.raw = feature_map in ("relu", None) and cos is None
         # ROTARY: 0 for none, else the alignment of cos and sin
@@ -143,7 +151,7 @@ class _Problem:
             # one set of strides serves both
             if cos.stride() != sin.stride():
                 cos, sin = cos.contiguous(), sin.contiguous()
-            self.constants["ROTARY"] = _alignment(cos)
+            self.constants["ROTARY"] = _aligned(cos)
             self.rotary = (cos, sin, cos.stride(0) if cos.ndim == 3 else 0, *cos.stride()[-2:])
         # the forward kernels' constants: heads share tiles
         self.packed = self.constants | packed
@@ -192,21 +200,35 @@ def linear_attention_fwd(q, k, v, cos, sin, feature_map, eps):
 
 def linear_attention_inference(q, k, v, cos, sin, feature_map, eps):
     """o alone. Few tokens go through one kernel that keeps the state to itself."""
-    p = _Problem(q, k, v, cos, sin, feature_map, eps)
-    few = max(p.N, p.M) <= FUSED_TOKENS and p.width <= max(CONFIGS["fused"])
-    if not few or p.H != p.Hkv or p.softmax or cos is not None or min(p.M, q.numel(), p.E) == 0:
+    layouts = (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride())
+    fused = None if cos is not None else _fused(*layouts, q.dtype, feature_map)
+    if fused is None:
         return linear_attention_fwd(q, k, v, cos, sin, feature_map, eps)[0]
-    o = p.empty(p.B, p.N, p.H, p.E, dtype=q.dtype)
-    # whole heads are few enough programs; half as many would leave multiprocessors idle
-    launch = _launch("fused", p.width, p.dtype)
+    programs, numbers, constants = fused
+    o = torch.empty((*layouts[0][:3], layouts[4][3]), dtype=q.dtype, device=q.device)
     with _on_device(q):
-        linear_attention_fused_fwd_kernel[(p.B * p.H,)](
-            q, k, v, o, *q.stride(), *k.stride(), *v.stride(), p.N, p.M, p.H, eps,
-            D=p.D, E=p.E, BD=p.constants["BD"], BE=p.constants["BE"], BN=launch.block, MAP=feature_map,
-            ALIGN=_alignment(q, k, v), PARTS=p.parts, STAGES=launch.stages,
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
+        linear_attention_fused_fwd_kernel[(programs,)](q, k, v, o, *numbers, eps, **constants)
     return o
+
+
+@functools.lru_cache(maxsize=4096)
+def _fused(q_shape, q_stride, k_shape, k_stride, v_shape, v_stride, dtype, feature_map):
+    """(programs, integers, constants) of the kernel for few tokens, or None where it does not serve. Such a call takes
+    the GPU microseconds, and finding these would take the CPU as many."""
+    B, N, H, D = q_shape
+    M, kv_heads, E = v_shape[1:]
+    width = max(_padded(D), _padded(E))
+    if 0 in (*q_shape, *v_shape) or H != kv_heads or feature_map == "softmax":
+        return None
+    if max(N, M) > FUSED_TOKENS or width > max(CONFIGS["fused"]):
+        return None
+    launch = _launch("fused", width, dtype)
+    constants = dict(
+        D=D, E=E, BD=_padded(D), BE=_padded(E), BN=launch.block, MAP=feature_map,
+        ALIGN=_alignment((q_shape, q_stride), (k_shape, k_stride), (v_shape, v_stride)), PARTS=PARTS[dtype],
+        STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return B * H, (*q_stride, *k_stride, *v_stride, N, M, H), constants
 
 
 def linear_attention_bwd(grad, q, k, v, cos, sin, state, feature_map, eps):
@@ -233,7 +255,7 @@ def _key_state(p: _Problem, k, v):
         linear_attention_state_fwd_kernel[(p.B * heads * n_chunks, p.e_blocks)](
             k, v, *p.rotary[:2], log_sum, parts, *k.stride(), *v.stride(), *p.rotary[2:],
             p.M, p.Hkv, n_chunks, chunk, **(p.packed if rotated else {**p.packed, "ROTARY": 0}), BM=launch.block,
-            ALIGN=_alignment(k, v), PARTS=p.parts, ONLINE=online, PART_SIZE=part_size, STAGES=launch.stages,
+            ALIGN=_aligned(k, v), PARTS=p.parts, ONLINE=online, PART_SIZE=part_size, STAGES=launch.stages,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
         return p.reduce(parts, online)
@@ -259,7 +281,7 @@ def _write_output(p: _Problem, q, state, o, eps):
         parts = "tf32cut"
     linear_attention_output_fwd_kernel[(p.B * heads * n_chunks, p.e_blocks)](
         q, *p.rotary[:2], state, o, *q.stride(), *p.rotary[2:], p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps,
-        **p.packed, BN=launch.block, ALIGN=_alignment(q), PARTS=parts,
+        **p.packed, BN=launch.block, ALIGN=_aligned(q), PARTS=parts,
         STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
 
@@ -274,7 +296,7 @@ def _write_dq(p: _Problem, grad, q, state, dq, eps):
         dstate = p.empty(p.B, p.H, n_chunks, p.D * p.E if do_dstate else 0)
         linear_attention_dq_bwd_kernel[(p.B * p.H * n_chunks, e_blocks)](
             grad, q, *p.rotary[:2], state, dq, dnormalizer, dstate, *grad.stride(), *q.stride(), *p.rotary[2:],
-            p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block, ALIGN=_alignment(grad, q),
+            p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block, ALIGN=_aligned(grad, q),
             PARTS=p.parts, DQ=do_dq, DSTATE=do_dstate, STAGES=launch.stages,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
@@ -300,7 +322,7 @@ def _write_dk_dv(p: _Problem, k, v, state, dstate, dnormalizer, dk, dv):
         linear_attention_dkv_bwd_kernel[(p.B * p.Hkv * n_chunks,)](
             k, v, *p.rotary[:2], state, dstate, dnormalizer, parts if correct else dk, dv,
             *k.stride(), *v.stride(), *p.rotary[2:], p.M, p.Hkv, n_chunks, chunk, **p.constants, BM=launch.block,
-            ALIGN=_alignment(k, v), PARTS=precision, DK=do_dk, DV=do_dv, CORRECT=correct, STAGES=launch.stages,
+            ALIGN=_aligned(k, v), PARTS=precision, DK=do_dk, DV=do_dv, CORRECT=correct, STAGES=launch.stages,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
         return p.reduce(parts) if correct else None

@@ -16,8 +16,8 @@ apart, which read q, g and k again, 10 in all.
 import triton
 import triton.language as tl
 
-from diffattn.kernels.linear_attention.triton_fwd import COUNTS, program_part
 from diffattn.kernels.linear_attention.triton_tiles import (
+    COUNTS,
     dot_state,
     dot_tokens,
     feature_offsets,
@@ -27,6 +27,7 @@ from diffattn.kernels.linear_attention.triton_tiles import (
     map_gradient,
     map_query,
     nothing,
+    program_part,
     rotate,
     split,
     state_offsets,

@@ -24,6 +24,22 @@ whose result is also used in plain arithmetic, which has to wait for it and for 
 import triton
 import triton.language as tl
 
+# Arguments that differ from call to call: a kernel made for each value would be compiled again and again.
+COUNTS = ["n_heads", "n_chunks", "chunk"]
+
+
+@triton.jit
+def program_part(n_heads, n_chunks, chunk, n_blocks, PACK: tl.constexpr):
+    """(sample, first head, chunk, first block, last block) of this program. Heads vary fastest: programs that run
+    together read the same rows of memory."""
+    i_p = tl.program_id(0)
+    n_groups = n_heads // PACK
+    i_h = i_p % n_groups * PACK
+    i_chunk = i_p // n_groups % n_chunks
+    i_b = i_p // n_groups // n_chunks
+    first = i_chunk * chunk
+    return i_b, i_h, i_chunk, first, tl.minimum(first + chunk, n_blocks)
+
 
 @triton.jit
 def nothing(n):
