@@ -18,16 +18,16 @@ sys.path.insert(0, str(DOCS.parent))
 
 
 HEAD = """\
-Every class of diffusers {diffusers} that has attention, {classes}, and a text conditioner. In {covered} of them each
-layer with a processor has one here too; in {missed} some layer keeps its own, and {without} attend without a processor.
-Written by `docs/make_models.py` from a run of `tests/models` on tiny random models (CPU, torch {torch}); what real ones
-gain is in the README.
+Every class of diffusers {diffusers} that has attention, {classes}, and a text conditioner. In {covered} of them
+each layer with a processor has one here too; in {missed} some layer keeps its own, and {without} attend without a
+processor. Written by `docs/make_models.py` from a run of `tests/models` on tiny random models (CPU, torch {torch});
+what real ones gain is in the README.
 
 - **layers**: attention layers with a processor that have one here. These compute what stock computes, within 1e-6 in
   float32 and at most twice stock's own error in bfloat16.
 - **exact**: layers of the tiny model that `patch(model)` puts into fused kernels. None, where torch's own attention is
   the fast path.
-- **converted**: layers that `patch(model, "linear")` and `patch(model, "mqa")` take by default; `layers=` takes others.
+- **converted**: layers that `patch(model, "linear")` and `patch(model, "mqa")` take by default; `layers=` takes more.
 - **padding**: text behind the mask reaches no image token, with a softmax and with a linear core. `pairs`: a mask over
   pairs of tokens, which a linear core refuses with an error.
 - **compile**: each of its processors is one graph under `torch.compile(fullgraph=True)`.

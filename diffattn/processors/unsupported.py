@@ -1,6 +1,8 @@
 """Attention of diffusers that no processor here replaces, and why: what `patch` says of such layers."""
 
 SPARSE = "its attention is sparse, a FlexAttention mask over blocks of tokens"
+IMAGE_PROMPTS = "it attends to image prompts too, by weights of its own: unload the IP-Adapter to patch this layer"
+PERTURBED = "it perturbs attention for guidance"
 KEY_CACHE = "its keys and values go through a cache that only this processor knows"
 
 #: Stock processor class name -> why it stays.
@@ -12,6 +14,16 @@ BY_REASON = {
     "QwenImage21FlexAttnProcessor": SPARSE,
     "SanaWMLTX2RefinerAttnProcessor": KEY_CACHE,
     "WanAnimate2AttnProcessor": f"{KEY_CACHE}, and {SPARSE}",
+    "FluxIPAdapterAttnProcessor": IMAGE_PROMPTS,
+    "IPAdapterAttnProcessor": IMAGE_PROMPTS,
+    "IPAdapterAttnProcessor2_0": IMAGE_PROMPTS,
+    "SD3IPAdapterJointAttnProcessor2_0": IMAGE_PROMPTS,
+    "PAGCFGIdentitySelfAttnProcessor2_0": PERTURBED,
+    "PAGIdentitySelfAttnProcessor2_0": PERTURBED,
+    "SlicedAttnProcessor": "it computes attention in slices: call disable_attention_slicing() to patch this layer",
+    "XFormersAttnProcessor": (
+        "it calls xformers: call disable_xformers_memory_efficient_attention() to patch this layer"
+    ),
     "Flux2KVAttnProcessor": KEY_CACHE,
     "Flux2KVParallelSelfAttnProcessor": KEY_CACHE,
 }
