@@ -4,21 +4,15 @@ What runs where, with `config.backend` at `"auto"`:
 
 - CPU: torch's own attention with shared heads; where torch has no fused kernel (E != D, a mask that needs a
   gradient) the reference, whose scores take B H N M elements. Exports to ONNX: the reference.
-- CUDA, half precision, no mask, E = D, D a multiple of 8 up to 128: torch's own choice of kernel.
-- CUDA, all else: the Triton kernels. torch would repeat the heads there, pad them, or keep B H N M scores.
+- CUDA, half precision, no mask, E = D, D a multiple of 8 up to 256 (128 with gradients): torch's own choice of kernel.
+- CUDA, half precision, a mask that differs from query to query or head to head: cuDNN's kernel through torch where
+  torch would take it, without gradients.
+- CUDA, all else: the Triton kernels, on Hopper a kernel of its own (hopper.py). torch would repeat the heads there,
+  pad them, or keep B H N M scores.
 - Gradients under `torch.use_deterministic_algorithms`: the Triton kernels, whose backward has no atomics.
 
-`benchmarks/gqa_dispatch.py` times every candidate beside the one taken here, and writes
-benchmarks/results/<gpu>/gqa_dispatch.json. torch's own candidates on one H100 80GB, torch 2.11, bfloat16, forward, ms:
-
-| shape | heads repeated, flash | repeated, cuDNN | shared, flash | shared, cuDNN | flex |
-|---|---|---|---|---|---|
-| Lumina 2, B2 H24/8 N4352 D96 | 1.178 | 0.782 | 1.111 | 0.752 | 1.021 |
-| DreamLite, B2 H10/1 N4096 D64 | 0.328 | 0.216 | 0.304 | 0.186 | 0.237 |
-| DreamLite, B2 H20/1 N1024 D64 | 0.071 | 0.078 | 0.055 | 0.036 | 0.202 |
-| B1 H12/1 N32760 D128 | 18.2 | 11.8 | 18.0 | 11.5 | 14.8 |
-| B1 H32/1 N16384 D128 | 12.8 | 7.50 | 12.3 | 6.84 | 8.86 |
-| B1 H32/8 N16384 D64 | 7.16 | 4.74 | 7.02 | 4.75 | 5.31 |
+`benchmarks/gqa_dispatch.py` times every candidate beside the one taken here, and the rule follows its results:
+benchmarks/results/<gpu>/gqa_dispatch.json.
 """
 
 import math
@@ -82,7 +76,7 @@ def gqa_attention(q, k, v, *, mask=None, scale=None, precision=None):
                 "gqa_attention: the Triton kernel has no gradient for mask; detach it, or set "
                 "DIFFATTN_BACKEND to auto or torch"
             )
-        if config.backend == "triton" or not (mask_grad or _sdpa_is_faster(q, v, mask, training)):
+        if config.backend == "triton" or not (mask_grad or _sdpa_is_faster(q, k, v, mask, training)):
             if training:
                 return torch.ops.diffattn.gqa_attention(q, k, v, mask, scale, True)[0]
             return torch.ops.diffattn.gqa_attention_inference(q, k, v, mask, scale)
@@ -99,14 +93,34 @@ def _sdpa_shares_heads(q, k, v, mask) -> bool:
     """
     if v.shape[-1] != q.shape[-1]:
         return False
-    return q.device.type == "cpu" or (q.device.type == "cuda" and mask is None and q.dtype.itemsize == 2)
+    if q.device.type != "cuda":
+        return q.device.type == "cpu"
+    return q.dtype.itemsize == 2 and (mask is None or _cudnn_takes(q, k, v, mask))
 
 
-def _sdpa_is_faster(q, v, mask, training) -> bool:
+def _cudnn_takes(q, k, v, mask) -> bool:
+    """Whether torch would run cuDNN's kernel: the only one of its own that takes a mask and shared heads."""
+    # A float32 mask with 16-bit queries comes out as NaN (torch 2.11). Compilers do not trace the question.
+    if mask.dtype not in (torch.bool, q.dtype) or torch.compiler.is_compiling():
+        return False
+    # Elsewhere torch prefers its unfused path.
+    if torch.cuda.get_device_capability(q.device)[0] not in (9, 10):
+        return False
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, False, True))
+
+
+def _sdpa_is_faster(q, k, v, mask, training) -> bool:
     """The rule for CUDA tensors, all of it: change it here, after benchmarks/gqa_dispatch.py."""
     D = q.shape[-1]
-    repeatable = not (training and torch.are_deterministic_algorithms_enabled())
-    return repeatable and q.dtype.itemsize == 2 and mask is None and v.shape[-1] == D and D % 8 == 0 and D <= 128
+    if training and torch.are_deterministic_algorithms_enabled():
+        return False
+    if q.dtype.itemsize != 2 or v.shape[-1] != D or D % 8 != 0:
+        return False
+    if mask is None:
+        return D <= (128 if training else 256)
+    over_keys = mask.shape[1] == mask.shape[2] == 1
+    return not (training or over_keys) and _cudnn_takes(q, k, v, mask)
 
 
 def _check_precision(precision, q):

@@ -11,6 +11,8 @@ try:
 except ImportError:  # triton < 3.4
     TensorDescriptor = None
 
+LOG2E = 1.4426950408889634
+
 # Kinds of mask, a compile-time choice.
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2
 
@@ -124,7 +126,7 @@ def _device_has_tma(device) -> bool:
     return TensorDescriptor is not None and (device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 9)
 
 
-def _tma_reads(x) -> bool:
+def tma_reads(x) -> bool:
     size = x.itemsize
     return (
         x.stride(-1) == 1
@@ -140,7 +142,7 @@ def block_loads(*tensors_and_blocks):
     Returns: the arguments to pass for the tensors, and the constants TMA and WIDE of `load_block`.
     """
     tensors = [x for x, _, _ in tensors_and_blocks]
-    if _device_has_tma(tensors[0].device) and all(map(_tma_reads, tensors)):
+    if _device_has_tma(tensors[0].device) and all(map(tma_reads, tensors)):
         described = [
             # The stride of an axis of size 1 is never used, but has to be a valid one.
             TensorDescriptor(

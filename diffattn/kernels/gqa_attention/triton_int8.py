@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from diffattn.kernels.gqa_attention.int8 import rotation_group
-from diffattn.kernels.gqa_attention.triton import blocks, head_block, load_block
-from diffattn.kernels.gqa_attention.triton_fwd import LOG2E, gqa_attention_fwd
+from diffattn.kernels.gqa_attention.triton import LOG2E, blocks, head_block, load_block
+from diffattn.kernels.gqa_attention.triton_fwd import gqa_attention_fwd
 
 
 @triton.jit

@@ -1,0 +1,119 @@
+"""When the Hopper kernel runs, and its launch."""
+
+import functools
+
+import torch
+import triton
+
+from diffattn.kernels.gqa_attention.triton import LOG2E, blocks, head_block, prob_shift, tma_reads
+
+# The kernel is written in what Triton 3.6 has.
+if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6):
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from diffattn.kernels.gqa_attention.hopper_kernel import gqa_attention_hopper_fwd_kernel
+else:
+    gqa_attention_hopper_fwd_kernel = None
+
+# (keys, warpgroups, stages, in turns) by the most features; 227 KB of shared memory hold no more.
+CONFIGS = {64: (128, 2, 2, False), 96: (128, 2, 3, True), 128: (128, 2, 2, False), 192: (64, 2, 2, False)}
+NO_BIAS, BIAS, INT8 = 0, 1, 2
+
+
+@functools.cache
+def _programs(device) -> int:
+    """One for each multiprocessor of a Hopper GPU; 0 on another device."""
+    if gqa_attention_hopper_fwd_kernel is None or device.type != "cuda":
+        return 0
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def takes(q, k, v, mask, scale, row_scales=None) -> bool:
+    """Whether `hopper_fwd` can run this call, and has full tiles to run."""
+    return (
+        _programs(q.device) > 0
+        and v.dtype.itemsize == 2
+        and q.shape[-1] == v.shape[-1] <= max(CONFIGS)
+        and q.shape[1] >= 128
+        and k.shape[1] >= 128
+        and scale > 0
+        and (mask is None or (row_scales is None and mask.shape[1] == mask.shape[2] == 1))
+        and all(map(tma_reads, (q, k, v)))
+    )
+
+
+def _bias(mask, B, M):
+    """The mask over keys in log2 units, (B, M) float32, rows 16 bytes apart or a multiple."""
+    bias = torch.empty((B, blocks(M, 4) * 4), dtype=torch.float32, device=mask.device)
+    if mask.dtype == torch.bool:
+        bias[:, :M] = torch.where(mask[:, 0, 0], 0.0, float("-inf"))
+    else:
+        # The lowest finite numbers overflow when they change to log2 units; they are not -inf, they stay finite.
+        added = mask[:, 0, 0].float()
+        bias[:, :M] = torch.where(added == float("-inf"), added, (added * LOG2E).clamp_min(-3.4028234e38))
+    return bias
+
+
+def _pieces(D, least):
+    """D as a power of two and a padded rest, which may be 0."""
+    first = max(least, 1 << (D.bit_length() - 1))
+    return first, max(least, head_block(D - first)) if D > first else 0
+
+
+def _describe(x, rows, width):
+    block = [1, rows, 1, width]
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}[x.dtype]
+    # The stride of an axis of size 1 is never used, but has to be a valid one.
+    strides = [16 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)] + [1]
+    return TensorDescriptor(x, list(x.shape), strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+
+
+def hopper_fwd(q, k, v, mask, scale, row_scales=None):
+    """Launch the kernel on what it `takes`.
+
+    Args: as `gqa_attention_fwd`; with row_scales, q and k are int8 and there is no mask.
+    Returns: (B, N, H, E) in the dtype of v.
+    """
+    B, N, H, _ = q.shape
+    M, Hkv, E = v.shape[1:]
+    keys, groups, stages, turns = next(c for most, c in CONFIGS.items() if E <= most)
+    D0, D1 = _pieces(E, 16 if row_scales is None else 32)
+    out = v.new_empty(B, N, H, E)
+    kind, p_q_scale, p_keys = NO_BIAS, out, out
+    if row_scales is not None:
+        kind, (p_q_scale, p_keys), heads = INT8, row_scales, B * Hkv
+    elif mask is not None:
+        kind, p_keys, heads = BIAS, _bias(mask, B, M), B
+    if kind != NO_BIAS:
+        layout = gl.NVMMASharedLayout(0, 32, rank=2)
+        p_keys = TensorDescriptor(p_keys, [heads, M], [p_keys.shape[-1], 1], [1, keys], layout)
+    described = []
+    for x, rows in ((q, 64), (k, keys), (v, keys), (out, 64)):
+        first = _describe(x, rows, D0)
+        described += [first, _describe(x, rows, D1) if D1 else first]
+    tiles = blocks(N, 64 * groups) * B * H
+    with torch.cuda.device_of(v):
+        gqa_attention_hopper_fwd_kernel[(min(_programs(v.device), tiles),)](
+            *described,
+            p_q_scale,
+            p_keys,
+            1.0 if row_scales is not None else scale * LOG2E,
+            N,
+            M,
+            H,
+            H // Hkv,
+            tiles,
+            D0=D0,
+            D1=D1,
+            BM=keys,
+            NC=groups,
+            STAGES=stages,
+            SHIFT=prob_shift(v.dtype),
+            PINGPONG=turns,
+            KEYS=kind,
+            num_warps=4,
+        )
+    return out
