@@ -1,6 +1,5 @@
 """Sound: AceStep, LongCat-Audio, MiniMax Music 3, Stable Audio 3, SAME, KVAE; and Anima's text conditioner."""
 
-import torch
 from torch import Tensor
 
 from diffattn.processors.base import project_heads
@@ -10,6 +9,7 @@ from diffattn.processors.streams import (
     StreamAttnProcessor,
     attend,
     attend_across,
+    causal_mask,
     norms_of,
     project_out,
 )
@@ -123,11 +123,6 @@ class CausalAttnProcessor(StreamAttnProcessor):
     @classmethod
     def attends_to_itself(cls, name, attn):
         return False
-
-
-def causal_mask(q: Tensor) -> Tensor:
-    """(1, 1, N, N): True where the key is no later than the query."""
-    return torch.ones(1, 1, q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
 
 
 class DifferentialAttnProcessor(StreamAttnProcessor):

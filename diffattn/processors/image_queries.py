@@ -1,34 +1,11 @@
-"""Queries of one kind of tokens over keys of both: PRX, Nucleus-MoE, Cosmos 3; and Flux 2's fused blocks."""
+"""Queries of one kind of tokens over keys of both: PRX, Nucleus-MoE, Cosmos 3."""
 
 import torch
 from torch import Tensor
 
-from diffattn.processors.audio import causal_mask
 from diffattn.processors.base import normalize
-from diffattn.processors.rotary import from_complex, from_halves, from_matrices, from_pairs, join
-from diffattn.processors.streams import Stream, StreamAttnProcessor, attend, mask_for, norms_of, project_out
-
-
-class Flux2ParallelAttnProcessor(StreamAttnProcessor):
-    """Flux 2's single-stream blocks: one projection makes q, k, v and the MLP's input, one takes both outputs."""
-
-    replaces = ("Flux2ParallelSelfAttnProcessor",)
-
-    def forward(
-        self,
-        attn,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        hidden_states = attn.to_qkv_mlp_proj(hidden_states)
-        qkv, mlp = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
-        qkv = hidden_states.shape[-1] * qkv // (qkv + mlp)  # this rank's part, under tensor parallelism
-        qkv, mlp = hidden_states.tensor_split((qkv,), dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in qkv.chunk(3, dim=-1))
-        stream = Stream(q, k, v, norms_of(attn), from_pairs(image_rotary_emb))
-        out = attend(self.core, stream, mask=attention_mask).flatten(2)
-        return attn.to_out(torch.cat((out, attn.mlp_act_fn(mlp)), dim=-1))
+from diffattn.processors.rotary import from_complex, from_halves, from_matrices, join
+from diffattn.processors.streams import Stream, StreamAttnProcessor, causal_mask, mask_for, norms_of, project_out
 
 
 class ImageQueriesAttnProcessor(StreamAttnProcessor):

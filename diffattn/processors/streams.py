@@ -116,6 +116,11 @@ def mask_for(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return mask[:, None, None, :] if mask.shape[0] == q.shape[0] else mask[None, None]
 
 
+def causal_mask(q: Tensor) -> Tensor:
+    """(1, 1, N, N): True where the key is no later than the query."""
+    return torch.ones(1, 1, q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
+
+
 def refuse(processor: nn.Module, why: str, **arguments) -> None:
     """Raises: ValueError if an argument is not None that the stock processor takes and drops, or that has no
     counterpart here."""

@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffattn.processors.audio import causal_mask
 from diffattn.processors.base import broadcast_mask, normalize, output, project_heads
 from diffattn.processors.rotary import from_halves
-from diffattn.processors.streams import Stream, StreamAttnProcessor, attend, norms_of, project_out
+from diffattn.processors.streams import Stream, StreamAttnProcessor, attend, causal_mask, norms_of, project_out
 
 
 class CosmosSpatialAttnProcessor(StreamAttnProcessor):
