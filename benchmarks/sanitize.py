@@ -1,0 +1,99 @@
+"""Every kernel once at odd sizes, for compute-sanitizer; and many times, to see the same bits.
+
+    compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+    compute-sanitizer --tool racecheck python benchmarks/sanitize.py
+    python benchmarks/sanitize.py --repeat 100
+
+Exits with 1 if a repetition differs.
+"""
+
+import argparse
+import functools
+import os
+from collections.abc import Callable, Iterator
+
+# PyTorch's own pool hides reads and writes past a tensor's end.
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+
+import torch
+
+from diffattn import config
+from diffattn.cores import Rotary
+from diffattn.kernels import gqa_attention, linear_attention, qk_norm_rope
+
+
+def rand(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def angles(N: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.rand(N, pairs, device="cuda")
+    return x.cos(), x.sin()
+
+
+def with_gradients(function: Callable, *tensors: torch.Tensor, **options) -> Callable[[], tuple]:
+    tensors = [x.requires_grad_() for x in tensors]
+    grad = torch.randn_like(function(*tensors, **options))
+
+    def run():
+        out = function(*tensors, **options)
+        return out.detach(), *torch.autograd.grad(out, tensors, grad)
+
+    return run
+
+
+def calls() -> Iterator[tuple[str, Callable]]:
+    for D, E, dtype in ((32, 32, torch.bfloat16), (40, 40, torch.bfloat16), (65, 20, torch.float16)):
+        for feature_map in ("relu", "elu1", "softmax"):
+            q, k, v = rand(2, 333, 4, D, dtype=dtype), rand(2, 301, 4, D, dtype=dtype), rand(2, 301, 4, E, dtype=dtype)
+            name = f"linear_attention {feature_map} D{D} E{E} {dtype}"
+            yield name, lambda q=q, k=k, v=v, f=feature_map: (linear_attention(q, k, v, feature_map=f),)
+            yield f"{name}, gradients", with_gradients(linear_attention, q, k, v, feature_map=feature_map)
+    q, k, v = rand(1, 333, 4, 112), rand(1, 333, 2, 112), rand(1, 333, 2, 112)
+    rotary = angles(333, 56)
+    yield "linear_attention rotary D112", with_gradients(linear_attention, q, k, v, rotary=rotary)
+    q, k, v = rand(2, 1999, 4, 128), rand(2, 2001, 4, 128), rand(2, 2001, 4, 128)
+    yield "linear_attention elu1 D128", with_gradients(linear_attention, q, k, v, feature_map="elu1")
+    q, k, v = rand(2, 3001, 6, 32), rand(2, 3001, 6, 32), rand(2, 3001, 6, 32)
+    yield "linear_attention, packed heads", lambda q=q, k=k, v=v: (linear_attention(q, k, v),)
+
+    for D in (64, 96, 20):
+        q, k, v = rand(2, 301, 6, D), rand(2, 333, 2, D), rand(2, 333, 2, D)
+        keys = torch.rand(2, 1, 1, 333, device="cuda") > 0.3
+        rows = torch.randn(1, 6, 301, 333, device="cuda")
+        for title, mask in (("", None), (" mask over keys", keys), (" mask", rows)):
+            yield f"gqa_attention D{D}{title}", lambda q=q, k=k, v=v, m=mask: (gqa_attention(q, k, v, mask=m),)
+        yield f"gqa_attention D{D}, gradients", with_gradients(gqa_attention, q, k, v, mask=keys)
+        q, k, v = (x.detach() for x in (q, k, v))
+        int8 = functools.partial(gqa_attention, precision="int8")
+        yield f"gqa_attention int8 D{D}", lambda q=q, k=k, v=v, f=int8: (f(q, k, v),)
+    q, k = rand(2, 301, 6, 96), rand(2, 301, 2, 96)
+    weight = rand(96)
+    for interleaved in (True, False):
+        rotary = Rotary(*angles(301, 48), interleaved)
+        norms = ((weight, 1e-6), (weight, 1e-6))
+        yield (
+            f"qk_norm_rope interleaved={interleaved}",
+            lambda n=norms, r=rotary: qk_norm_rope(q, k, norms=n, rotate=(r, r)),
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=1)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    config.backend = "triton"
+    different = 0
+    for name, run in calls():
+        with torch.set_grad_enabled("gradients" in name or "rotary" in name or "D128" in name):
+            first = run()
+            same = all(all(map(torch.equal, first, run())) for _ in range(args.repeat - 1))
+        torch.cuda.synchronize()
+        different += not same
+        print(f"{'same' if same else 'DIFFERENT'}  {name}", flush=True)
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
