@@ -135,7 +135,7 @@ def measure(candidate, case: Case, q, k, v, mask) -> dict:
 def row(case: Case) -> dict:
     try:
         q, k, v, mask = inputs(case)
-        auto = "torch" if _sdpa_is_faster(q, k, v, mask, case.backward) else "triton"
+        auto = "torch" if _sdpa_is_faster(q, k, v, mask, case.D**-0.5, case.backward) else "triton"
         times = {name: measure(candidate, case, q, k, v, mask) for name, candidate in CANDIDATES.items()}
     except Exception as error:
         return asdict(case) | {"failed": f"{type(error).__name__}: {error}"[:300]}

@@ -95,8 +95,8 @@ def linear_attention_dq_bwd_kernel(
         r_state, m_state = state_offsets(o_d, o_e, 0, D, E, 1)
         high, low = split(tl.trans(tl.load(p_state + r_state, mask=m_state, other=0.0)), PARTS)
         dnormalizer = tl.zeros((BN, BD), tl.float32)
+    o_se = tl.program_id(1) * BE + o_e
     if DSTATE:
-        o_se = tl.program_id(1) * BE + o_e
         dstate = tl.zeros((BD, BE), tl.float32)
     # tl.range also prefetches q, which goes into no product; range would not
     whole = tl.maximum(tl.minimum(last, N // BN), first)
@@ -116,17 +116,22 @@ def linear_attention_dq_bwd_kernel(
                 if EDGE:
                     # rows past the end would be 0 / 0 with eps = 0
                     inverse = tl.where(o_n < N - start, inverse, 0.0)
-            if DQ:
+            if DQ and BE < E:
                 t = tl.zeros((BN, BD), tl.float32)
                 for i_e in range(tl.cdiv(E, BE)):
-                    if BE < E:
-                        r_state, m_state = state_offsets(o_d, i_e * BE + o_e, 0, D, E, 1)
-                        b_s = tl.load(p_state + r_state, mask=m_state, other=0.0)
-                        high, low = split(tl.trans(b_s), PARTS)
+                    r_state, m_state = state_offsets(o_d, i_e * BE + o_e, 0, D, E, 1)
+                    b_s = tl.load(p_state + r_state, mask=m_state, other=0.0)
+                    high, low = split(tl.trans(b_s), PARTS)
                     r_g = r_gn + feature_offsets(i_e * BE + o_e, 0, stride_ge, E, 1, ALIGN)[None, :]
-                    b_g = load_tile(b_pg, r_g, (i_e * BE + o_e < E)[None, :], m_n, E % BE != 0, EDGE, 0.0)
+                    b_g = load_tile(b_pg, r_g, (i_e * BE + o_e < E)[None, :], m_n, True, EDGE, 0.0)
+                    t += dot_state(b_g.to(tl.float32), high, low, True, PARTS)
+            else:
+                r_g = r_gn + feature_offsets(o_se, 0, stride_ge, E, 1, ALIGN)[None, :]
+                b_g = load_tile(b_pg, r_g, (o_se < E)[None, :], m_n, E % BE != 0, EDGE, 0.0)
+                if DQ:
                     # the added 0: see `map_elements`
-                    t += dot_state(b_g.to(tl.float32) + 0.0, high, low, True, PARTS)  # [BN, BD]
+                    t = dot_state(b_g.to(tl.float32) + 0.0, high, low, True, PARTS)  # [BN, BD]
+            if DQ:
                 if ROTARY:
                     t = rotate(t, cos, -sin)
                 # a rotation of both sides changes no product: q_n . t_n is u_n . unrotate(t_n)
@@ -141,9 +146,6 @@ def linear_attention_dq_bwd_kernel(
                 b_pdq = p_dq + ((i_b.to(tl.int64) * N + start) * n_heads + i_h) * D
                 store_tile(b_pdq, b_dq, r_dq, m_d, m_n, D != BD, EDGE)
             if DSTATE:
-                if not DQ:
-                    r_g = r_gn + feature_offsets(o_se, 0, stride_ge, E, 1, ALIGN)[None, :]
-                    b_g = load_tile(b_pg, r_g, (o_se < E)[None, :], m_n, E % BE != 0, EDGE, 0.0)
                 if MAP != "softmax":
                     mapped *= inverse[:, None]
                 if ROTARY:
