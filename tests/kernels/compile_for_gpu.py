@@ -1,0 +1,100 @@
+"""Compile kernels for a GPU that is not there: what Triton's interpreter runs, its compiler may refuse.
+
+python tests/kernels/compile_for_gpu.py linear|gqa       without TRITON_INTERPRET
+
+Prints a line a kernel; exits with 1 if one does not compile, or needs more shared memory than a Hopper GPU has.
+"""
+
+import importlib
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_MEMORY = 227 * 1024
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1"}
+failures = []
+
+
+class Compiled:
+    """Stands in for a kernel: a launch compiles it for what it is given."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, num_warps=4, num_stages=3, **constants):
+        signature, constexprs, attrs, values = {}, {}, {}, iter(args)
+        for i, name in enumerate(self.kernel.arg_names):
+            value = constants[name] if name in constants else next(values)
+            special = name not in (self.kernel.do_not_specialize or ())
+            if name in constants or value is None or (special and type(value) is int and value == 1):
+                signature[name], constexprs[(i,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name], attrs[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+            elif isinstance(value, int):
+                signature[name] = "i64" if abs(value) >= 2**31 else "i32"
+                if special and value % 16 == 0:
+                    attrs[(i,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "fp32"
+        name = self.kernel.fn.__name__
+        try:
+            source = ASTSource(self.kernel, signature, constexprs, attrs)
+            options = dict(num_warps=num_warps, num_stages=num_stages)
+            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            too_much = made.metadata.shared > SHARED_MEMORY
+            problem = f"{made.metadata.shared} bytes of shared memory" if too_much else None
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        print(name, "ok" if problem is None else problem, flush=True)
+        if problem is not None:
+            failures.append(name)
+
+
+def stand_in(module_name: str):
+    module = importlib.import_module(f"diffattn.kernels.{module_name}")
+    for name, value in vars(module).items():
+        if name.endswith("_kernel") and hasattr(value, "arg_names"):
+            setattr(module, name, Compiled(value))
+    return module
+
+
+def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def linear() -> None:
+    launchers = stand_in("linear_attention.triton")
+    for D, E, dtype, feature_map, rotated in (
+        (32, 32, torch.bfloat16, "relu", False),
+        (64, 64, torch.bfloat16, "elu1", False),
+        (112, 112, torch.bfloat16, "relu", True),
+        (40, 24, torch.float16, "softmax", False),
+        (16, 256, torch.float32, None, False),
+    ):
+        q, k = meta(2, 4099, 4, D, dtype=dtype), meta(2, 4099, 4, D, dtype=dtype)
+        v, grad = meta(2, 4099, 4, E, dtype=dtype), meta(2, 4099, 4, E, dtype=dtype)
+        angles = meta(4099, D // 2, dtype=torch.float32) if rotated else None
+        _, state = launchers.linear_attention_fwd(q, k, v, angles, angles, feature_map, 1e-6)
+        launchers.linear_attention_bwd(grad, q, k, v, angles, angles, state, feature_map, 1e-6)
+    launchers.linear_attention_inference(*(meta(2, 1000, 4, 32) for _ in range(3)), None, None, "relu", 1e-6)
+
+
+def gqa() -> None:
+    stand_in("gqa_attention.triton").TensorDescriptor = None
+    forward, backward = stand_in("gqa_attention.triton_fwd"), stand_in("gqa_attention.triton_bwd")
+    for D, dtype, mask in ((64, torch.bfloat16, None), (96, torch.float16, meta(2, 1, 1, 300, dtype=torch.bool))):
+        q, k, v = (meta(2, n, h, D, dtype=dtype) for n, h in ((301, 4), (300, 2), (300, 2)))
+        forward.gqa_attention_fwd(q, k, v, mask, 0.1, False)
+        out, stats, residual = forward.gqa_attention_fwd(q, k, v, mask, 0.1, True)
+        backward.gqa_attention_bwd(out, q, k, v, mask, out, stats, residual, 0.1)
+
+
+if __name__ == "__main__":
+    {"linear": linear, "gqa": gqa}[sys.argv[1]]()
+    sys.exit(1 if failures else 0)
