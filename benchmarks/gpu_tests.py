@@ -2,10 +2,12 @@
 
     python benchmarks/gpu_tests.py --out benchmarks/results/<gpu>
 
-Writes tests.json: the environment, the counts, and how many tests of each file passed.
+Writes tests.json: the environment, the counts, and how many tests of each file passed. With --seconds the run is
+interrupted after that long and what was done until then is written.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,12 +22,19 @@ from report import environment, write_json
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for tests.json")
+    parser.add_argument("--seconds", type=float, help="interrupt the tests after this long")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         start = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "pytest", f"--junitxml={report}", *args.pytest]).returncode
+        run = subprocess.Popen([sys.executable, "-m", "pytest", f"--junitxml={report}", *args.pytest])
+        try:
+            code = run.wait(args.seconds)
+        except subprocess.TimeoutExpired:
+            # As Ctrl-C does: pytest stops its workers and writes the report.
+            run.send_signal(signal.SIGINT)
+            code = run.wait()
         seconds = time.monotonic() - start
         cases = list(ElementTree.parse(report).iter("testcase"))
     files: dict[str, Counter] = {}
@@ -40,6 +49,7 @@ def main() -> int:
         "environment": environment(),
         "command": " ".join(["pytest", *args.pytest]),
         "seconds": round(seconds),
+        "interrupted": code == 2,
         "total": dict(total),
         "files": {name: dict(counts) for name, counts in sorted(files.items())},
         "failed": failed,
