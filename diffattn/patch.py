@@ -298,14 +298,28 @@ def _plan(found: list[Layer], core: AttentionCore | None, layers: Layers | None)
             continue
         new = layer.family.exact_core(layer.attn) if core is None else copy.deepcopy(core)
         processor = layer.family(new)
-        like = next((p for p in layer.attn.parameters() if p.is_floating_point()), None)
-        if like is not None:
-            processor.to(device=like.device, dtype=like.dtype)
+        processor.to(**_where_it_computes(layer.attn))
         processor.train(layer.attn.training)
         plan.append((layer, processor))
         if not exact:
             converted.append(layer.name)
     return plan, skipped, converted
+
+
+def _where_it_computes(attn: nn.Module) -> dict[str, Any]:
+    """Device and dtype of a layer's inputs, which offloaded or cast weights are brought to for each call."""
+    like = next((p for p in attn.parameters() if p.is_floating_point()), None)
+    where = dict(device=None, dtype=None) if like is None else dict(device=like.device, dtype=like.dtype)
+    for module in attn.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)  # accelerate's
+        if device is not None:
+            where["device"] = device
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if "group_offloading" in hooks:
+            where["device"] = hooks["group_offloading"].group.onload_device
+        if "layerwise_casting" in hooks:
+            where["dtype"] = hooks["layerwise_casting"].compute_dtype
+    return where
 
 
 def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[str | None, bool]:
