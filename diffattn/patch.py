@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import fnmatch
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import nn
 from diffattn._config import COMPILE_MODES, config
 from diffattn.cores import AttentionCore, GroupedQueryAttention, LinearAttention
 from diffattn.processors import BY_STOCK_NAME, CoreAttnProcessor
-from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, WITHOUT_PROCESSOR
+from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_BY_PIPELINE, WITHOUT_PROCESSOR
 
 CORES_BY_NAME = {"linear": LinearAttention, "mqa": lambda: GroupedQueryAttention(kv_heads=1)}
 DENOISERS = ("unet", "transformer", "prior", "decoder")
@@ -31,6 +32,7 @@ class Layer:
     attn: nn.Module
     denoises: bool
     model: str = ""  # class name of the model that it is part of
+    perturbed: bool = False  # the pipeline's perturbed attention guidance sets processors here
 
     @property
     def name(self) -> str:
@@ -55,9 +57,11 @@ class Layer:
         # In __dict__, past nn.Module's bookkeeping: a stock processor with weights must not add to the
         # model's state dict while it is out of use.
         self.attn.__dict__["_diffattn_stock"] = stock
+        self.attn.__dict__["_diffattn_core"] = repr(processor.core)
 
     def restore(self) -> None:
         _set_processor(self.attn, self.attn.__dict__.pop("_diffattn_stock"))
+        self.attn.__dict__.pop("_diffattn_core", None)
 
 
 def _set_processor(attn: nn.Module, processor: Any) -> None:
@@ -65,6 +69,16 @@ def _set_processor(attn: nn.Module, processor: Any) -> None:
     attn._modules.pop("processor", None)
     attn.__dict__.pop("processor", None)
     attn.processor = processor
+
+
+def _forget_fused(model: nn.Module, processors: list[CoreAttnProcessor] | None = None) -> None:
+    """Let unfuse_qkv_projections() put back stock, where fuse_qkv_projections() put diffattn's processors aside."""
+    aside = getattr(model, "original_attn_processors", None) or {}
+    for name, processor in aside.items():
+        attn = model.get_submodule(name.removesuffix(".processor"))
+        ours = isinstance(processor, CoreAttnProcessor) and "_diffattn_stock" in attn.__dict__
+        if ours and (processors is None or any(processor is p for p in processors)):
+            aside[name] = attn.__dict__["_diffattn_stock"]
 
 
 @dataclass(eq=False)
@@ -81,6 +95,7 @@ class PatchHandle:
     _order: list[str] = field(default_factory=list, repr=False)
     _layers: dict[str, Layer] = field(default_factory=dict, repr=False)
     _compiled: list[nn.Module] = field(default_factory=list, repr=False)
+    _models: list[nn.Module] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
         """Put the stock processors back, the very same objects, where this patch's are still installed."""
@@ -88,6 +103,8 @@ class PatchHandle:
             layer = self._layers[name]
             if layer.patched and layer.attn.processor is processor:
                 layer.restore()
+        for model in self._models:
+            _forget_fused(model, list(self.installed.values()))
         _uncompile(self._compiled)
         self._compiled.clear()
 
@@ -150,7 +167,9 @@ def patch(
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"core: {core} fits no layer of {type(target).__name__}:\n{reasons}")
 
-    handle = PatchHandle(skipped=skipped | unreachable, _order=_names(target))
+    handle = PatchHandle(
+        skipped=skipped | unreachable, _order=_names(target), _models=list(_models(target).values())
+    )
     done: list[tuple[Layer, CoreAttnProcessor | None]] = []
     compiled_before = _compiled(target)
     try:
@@ -187,8 +206,13 @@ def patch(
 
 
 def unpatch(target: Any) -> None:
-    """Put back every stock processor, the very same objects. A model without patches stays as it is."""
+    """Put back every stock processor, the very same objects. A model without patches stays as it is.
+
+    So does a processor that somebody else set over diffattn's: `set_attention_slice`, `load_ip_adapter`, you.
+    """
     status(target).undo()
+    for model in _models(target).values():
+        _forget_fused(model)
 
 
 def status(target: Any) -> PatchHandle:
@@ -200,7 +224,8 @@ def status(target: Any) -> PatchHandle:
             handle.installed[layer.name] = layer.attn.processor
             handle._layers[layer.name] = layer
         else:
-            handle.skipped[layer.name] = type(layer.attn.processor).__name__
+            replaced = ", which replaced diffattn's" if "_diffattn_stock" in layer.attn.__dict__ else ""
+            handle.skipped[layer.name] = type(layer.attn.processor).__name__ + replaced
     return handle
 
 
@@ -222,6 +247,7 @@ def find_layers(target: Any) -> list[Layer]:
     if not isinstance(target, nn.Module) and not isinstance(getattr(target, "components", None), dict):
         raise TypeError(f"target: got {type(target).__name__}, expected a diffusers pipeline or model")
 
+    guided = getattr(target, "_pag_applied_layers", None) or []  # patterns, as PAGMixin matches them
     found, seen = [], set()
     for component, model in _models(target).items():
         denoises = component.startswith(DENOISERS) or (not component and not _is_autoencoder(model))
@@ -229,7 +255,8 @@ def find_layers(target: Any) -> list[Layer]:
             # transformers' models have no such attribute; a processor is called with the module.
             if callable(getattr(module, "processor", None)) and id(module) not in seen:
                 seen.add(id(module))
-                found.append(Layer(component, name, module, denoises, type(model).__name__))
+                perturbed = component in ("unet", "transformer") and any(re.search(p, name) for p in guided)
+                found.append(Layer(component, name, module, denoises, type(model).__name__, perturbed))
     return found
 
 
@@ -325,6 +352,8 @@ def _where_it_computes(attn: nn.Module) -> dict[str, Any]:
 def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[str | None, bool]:
     """Why the layer is skipped (None: it is not) and whether the core computes what stock computes."""
     family = layer.family
+    if layer.perturbed:
+        return PERTURBED_BY_PIPELINE, True
     if family is None:
         if explicit:
             raise ValueError(f"layers: {layer.name}: {_no_family(layer)}")

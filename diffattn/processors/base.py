@@ -31,6 +31,7 @@ class CoreAttnProcessor(nn.Module):
     def __init__(self, core: AttentionCore | None = None):
         super().__init__()
         self.core = SoftmaxAttention() if core is None else core
+        self._without_settings = core is None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -38,6 +39,8 @@ class CoreAttnProcessor(nn.Module):
 
             @functools.wraps(cls.forward)
             def __call__(self, *args, **kwargs):
+                if self._without_settings:
+                    _refuse_lost_settings(self, args[0] if args else kwargs["attn"])
                 return nn.Module.__call__(self, *args, **kwargs)
 
             # diffusers looks at it in every call of every layer.
@@ -74,6 +77,30 @@ class CoreAttnProcessor(nn.Module):
         return not attn.is_cross_attention
 
 
+def _refuse_lost_settings(processor: CoreAttnProcessor, attn: nn.Module) -> None:
+    """diffusers makes new processors of self-attention with `type(processor)()`, and the core is gone."""
+    patched_with = getattr(attn, "_diffattn_core", None)
+    if patched_with is not None and patched_with != repr(processor.core):
+        raise RuntimeError(
+            f"{type(processor).__name__}: this layer was patched with {patched_with}, and load_ip_adapter() or "
+            "unload_ip_adapter() made a new processor without it. Call diffattn.unpatch(...) first, then load or "
+            "unload the IP-Adapter, then diffattn.patch(...)"
+        )
+
+
+def calls_fused(attn: nn.Module) -> bool:
+    """Whether stock would call a layer's fused projections.
+
+    Unfusing leaves those of diffusers' generic `Attention` behind, out of date after the next LoRA: there it is only
+    the Fused* processors that call them.
+    """
+    if not getattr(attn, "fused_projections", False):
+        return False
+    if hasattr(attn, "unfuse_projections"):
+        return True
+    return type(getattr(attn, "_diffattn_stock", None)).__name__.startswith("Fused")
+
+
 def project(attn: nn.Module, hidden_states: Tensor, context: Tensor | None, *, norm_all_heads: bool = False):
     """Project to q (B, N, H, D), k and v (B, M, Hkv, D), with the layer's query/key norms.
 
@@ -91,7 +118,7 @@ def project(attn: nn.Module, hidden_states: Tensor, context: Tensor | None, *, n
 def project_heads(attn: nn.Module, hidden_states: Tensor, context: Tensor | None):
     """`project` without the norms."""
     # Some classes fuse q, k, v of cross-attention too, which stock then leaves alone.
-    if not attn.fused_projections or (context is not None and not hasattr(attn, "to_kv")):
+    if not calls_fused(attn) or (context is not None and not hasattr(attn, "to_kv")):
         source = hidden_states if context is None else context
         q, k, v = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
     elif context is None:

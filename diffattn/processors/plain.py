@@ -31,6 +31,12 @@ class PlainAttnProcessor(CoreAttnProcessor):
 
     def attend(self, attn, hidden_states, context, mask, temb=None, rotary=None, norm_all_heads=False):
         """The block itself. `rotary` rotates the queries and, in self-attention, the keys."""
+        if isinstance(context, tuple):
+            raise TypeError(
+                f"encoder_hidden_states: {type(self).__name__} got a tuple: text and the image prompts of an "
+                "IP-Adapter, which its own processors of cross-attention attend to. Set processors with "
+                "diffattn.patch(...), which leaves those alone, or call unload_ip_adapter()"
+            )
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffattn.cores import AttentionCore, Rotary
-from diffattn.processors.base import CoreAttnProcessor, norm_and_rotate, normalize, project_heads
+from diffattn.processors.base import CoreAttnProcessor, calls_fused, norm_and_rotate, normalize, project_heads
 from diffattn.processors.rotary import HeadRotary, attend_by_head, join
 
 
@@ -91,7 +91,7 @@ def image_stream(attn: nn.Module, hidden_states: Tensor, rotary=None) -> Stream:
 
 def text_stream(attn: nn.Module, hidden_states: Tensor, rotary=None) -> Stream:
     """`add_q_proj`, `add_k_proj`, `add_v_proj` (or `to_added_qkv`) and the norms for added tokens."""
-    if getattr(attn, "fused_projections", False):
+    if calls_fused(attn):
         projected = attn.to_added_qkv(hidden_states).chunk(3, dim=-1)
     else:
         projected = (attn.add_q_proj(hidden_states), attn.add_k_proj(hidden_states), attn.add_v_proj(hidden_states))
