@@ -247,7 +247,7 @@ def find_layers(target: Any) -> list[Layer]:
     if not isinstance(target, nn.Module) and not isinstance(getattr(target, "components", None), dict):
         raise TypeError(f"target: got {type(target).__name__}, expected a diffusers pipeline or model")
 
-    guided = getattr(target, "_pag_applied_layers", None) or []  # patterns, as PAGMixin matches them
+    guided = getattr(target, "pag_applied_layers", None) or []  # patterns, as PAGMixin matches them
     found, seen = [], set()
     for component, model in _models(target).items():
         denoises = component.startswith(DENOISERS) or (not component and not _is_autoencoder(model))

@@ -1,0 +1,224 @@
+"""Tiny pipelines: guidance that sets processors, ControlNet, caches, files, threads."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+
+import diffattn
+from tests.models import BY_NAME
+from tests.plugins.common import FLUX, UNET, error, learned, out, processors
+
+pytestmark = pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
+
+
+#: What the tests give as tensors instead.
+ABSENT = dict.fromkeys(["text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"])
+
+
+def pipeline(cls="StableDiffusionPipeline", **options):
+    import diffusers
+
+    vae = BY_NAME["AutoencoderKL"].model()
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=10, clip_sample=False, steps_offset=1)
+    pipe = getattr(diffusers, cls)(
+        unet=UNET.model(), vae=vae, scheduler=scheduler, requires_safety_checker=False, **ABSENT, **options
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, **arguments):
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randn(2, 1, 7, 16, generator=generator)
+    return pipe(
+        prompt_embeds=text[0],
+        negative_prompt_embeds=text[1],
+        num_inference_steps=3,
+        output_type="latent",
+        generator=generator,
+        height=16,
+        width=16,
+        **arguments,
+    ).images
+
+
+@pytest.mark.parametrize("core", [diffattn.SoftmaxAttention, learned])
+def test_perturbed_attention_guidance_keeps_its_layers(core):
+    """PAG assigns plain processors, which nn.Module refuses over a module: its layers stay stock."""
+    pipe = pipeline("StableDiffusionPAGPipeline", pag_applied_layers=["mid"])
+    had, stock, unguided = processors(pipe), draw(pipe, pag_scale=3.0), draw(pipe, pag_scale=0.0)
+    assert error(unguided, stock) > 1e-5  # it guides
+    handle = diffattn.patch(pipe, core())
+    assert handle.installed and not any("mid_block" in name for name in handle.installed if "unet" in name)
+    patched = processors(pipe)
+    ours = draw(pipe, pag_scale=3.0)
+    assert processors(pipe) == patched
+    if core is learned:
+        assert error(ours, stock) > 1e-5
+    else:
+        assert error(ours, stock) <= 1e-5
+    diffattn.unpatch(pipe)
+    assert processors(pipe) == had and torch.equal(draw(pipe, pag_scale=3.0), stock)
+
+
+@pytest.mark.parametrize("core", [diffattn.SoftmaxAttention, learned])
+def test_controlnet_acts(core):
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(0)
+    control = ControlNetModel.from_unet(
+        UNET.model(), conditioning_channels=3, conditioning_embedding_out_channels=(4, 4)
+    )
+    for parameter in control.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    pipe = pipeline("StableDiffusionControlNetPipeline", controlnet=control.eval())
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+    had, stock = processors(pipe), draw(pipe, image=picture)
+    handle = diffattn.patch(pipe, core())
+    ours, free = draw(pipe, image=picture), draw(pipe, image=picture, controlnet_conditioning_scale=0.0)
+    assert error(free, ours) > 1e-3  # the picture acts
+    if core is learned:
+        assert not any(name.startswith("controlnet") for name in handle.installed)
+    else:
+        assert any(name.startswith("controlnet") for name in handle.installed)
+        assert error(ours, stock) <= 1e-5
+    diffattn.unpatch(pipe)
+    assert processors(pipe) == had and torch.equal(draw(pipe, image=picture), stock)
+
+
+#: The timestep that the caches are told; FasterCache fills itself in the first two of four.
+clock = [0]
+
+
+def first_block():
+    from diffusers import FirstBlockCacheConfig
+
+    return FirstBlockCacheConfig(threshold=1e9)
+
+
+def pyramid():
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    return PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1000),
+        spatial_attention_block_identifiers=("transformer_blocks",),
+        current_timestep_callback=lambda: 500,
+    )
+
+
+def faster():
+    from diffusers import FasterCacheConfig
+
+    return FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 600),
+        spatial_attention_block_identifiers=("transformer_blocks",),
+        is_guidance_distilled=True,
+        tensor_format="BCHW",
+        current_timestep_callback=lambda: clock[0],
+        attention_weight_callback=lambda module: 0.3,
+    )
+
+
+@pytest.mark.parametrize("first", ["patch", "cache"])
+@pytest.mark.parametrize("cache", [first_block, pyramid, faster])
+def test_caches_skip_as_on_stock(cache, first):
+    """Four steps on drifting latents: the same steps come from the cache."""
+
+    def steps(model):
+        calls, results = [], []
+        hooks = [
+            layer.register_forward_hook(lambda *_, name=name: calls.append(name))
+            for name, layer in model.named_modules()
+            if name.endswith("to_q")
+        ]
+        for drift in range(4):
+            counted, clock[0] = len(calls), 900 - 200 * drift
+            with model.cache_context("cond"):
+                results.append(out(FLUX, model, hidden_states=lambda x, drift=drift: x + 0.1 * drift))
+            results.append(torch.tensor([float(len(calls) - counted + 1)]))
+        for hook in hooks:
+            hook.remove()
+        return results
+
+    stock, model = FLUX.model(), FLUX.model()
+    plain = steps(stock)
+    stock.enable_cache(cache())
+    expected = steps(stock)
+    assert any(not torch.equal(a, b) for a, b in zip(plain[1::2], expected[1::2], strict=True))  # it skips
+    had = processors(model)
+    if first == "cache":
+        model.enable_cache(cache())
+    diffattn.patch(model, diffattn.SoftmaxAttention())
+    if first == "patch":
+        model.enable_cache(cache())
+    for ours, theirs in zip(steps(model), expected, strict=True):
+        assert error(ours, theirs) <= 1e-5
+    diffattn.unpatch(model)
+    model.disable_cache()
+    assert processors(model) == had
+    assert all(torch.equal(a, b) for a, b in zip(steps(model), plain, strict=True))
+
+
+def test_a_patched_model_saves_stock_weights_and_a_folder_of_its_own(tmp_path, caplog):
+    """Cores with weights are taken out for saving and come back from `weights=`."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNET.model()
+    stock = out(UNET, unet)
+    diffattn.patch(unet, learned())
+    for processor in diffattn.status(unet).installed.values():
+        torch.nn.init.normal_(processor.core.feature_map.proj.weight)
+    patched = out(UNET, unet)
+    diffattn.save_weights(unet, tmp_path / "diffattn")
+    diffattn.unpatch(unet)
+    unet.save_pretrained(tmp_path / "unet")
+    caplog.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+        assert torch.equal(out(UNET, loaded), stock) and not diffattn.status(loaded).installed
+        diffattn.patch(loaded, learned(), weights=tmp_path / "diffattn")
+    assert not caplog.records
+    assert torch.equal(out(UNET, loaded), patched)
+
+
+@pytest.mark.parametrize("core", [diffattn.SoftmaxAttention, lambda: "linear"])
+def test_cores_without_weights_add_nothing_to_a_saved_pipeline(core, tmp_path, caplog):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = pipeline()
+    stock = draw(pipe)
+    diffattn.patch(pipe, core())
+    pipe.save_pretrained(tmp_path)
+    caplog.clear()
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path, **ABSENT)
+    loaded.set_progress_bar_config(disable=True)
+    assert not [r for r in caplog.records if "not used" in r.getMessage()]
+    assert torch.equal(draw(loaded), stock)
+
+
+def test_two_pipelines_at_once():
+    """Patched differently, running in two threads: each draws what it draws alone."""
+    pipes = [pipeline(), pipeline()]
+    diffattn.patch(pipes[0], "linear")
+    diffattn.patch(pipes[1], "mqa")
+    alone = [draw(pipe) for pipe in pipes]
+    assert not torch.equal(*alone)
+    drawn = [[], []]
+
+    def work(i):
+        for _ in range(3):
+            drawn[i].append(draw(pipes[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert len(drawn[i]) == 3 and all(torch.equal(picture, alone[i]) for picture in drawn[i])
