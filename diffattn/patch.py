@@ -18,6 +18,8 @@ from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_
 
 CORES_BY_NAME = {"linear": LinearAttention, "mqa": lambda: GroupedQueryAttention(kv_heads=1)}
 DENOISERS = ("unet", "transformer", "prior", "decoder")
+# Attributes of a patched attention module: the processor that was there, and what core replaced it.
+RECORDS = ("_diffattn_stock", "_diffattn_core")
 STOCK_IS_BEST = "softmax, one key/value head a query head: stock is the fast path"
 
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -60,8 +62,20 @@ class Layer:
         self.attn.__dict__["_diffattn_core"] = repr(processor.core)
 
     def restore(self) -> None:
-        _set_processor(self.attn, self.attn.__dict__.pop("_diffattn_stock"))
-        self.attn.__dict__.pop("_diffattn_core", None)
+        _set_processor(self.attn, self.attn.__dict__["_diffattn_stock"])
+        for record in RECORDS:  # last: an interruption must not leave a patch that nothing tells of
+            self.attn.__dict__.pop(record, None)
+
+    def state(self) -> dict[str, Any]:
+        """What `reset` needs to bring this moment back."""
+        records = {name: self.attn.__dict__[name] for name in RECORDS if name in self.attn.__dict__}
+        return {"processor": self.attn.processor, "records": records}
+
+    def reset(self, state: dict[str, Any]) -> None:
+        _set_processor(self.attn, state["processor"])
+        for record in RECORDS:
+            self.attn.__dict__.pop(record, None)
+        self.attn.__dict__.update(state["records"])
 
 
 def _set_processor(attn: nn.Module, processor: Any) -> None:
@@ -170,13 +184,13 @@ def patch(
     handle = PatchHandle(
         skipped=skipped | unreachable, _order=_names(target), _models=list(_models(target).values())
     )
-    done: list[tuple[Layer, CoreAttnProcessor | None]] = []
+    done: list[tuple[Layer, dict[str, Any]]] = []
     compiled_before = _compiled(target)
     try:
         for layer, processor in plan:
             if layer.patched and _same(layer.attn.processor, processor):
                 processor = layer.attn.processor  # patching twice keeps loaded weights
-            done.append((layer, layer.attn.processor if layer.patched else None))
+            done.append((layer, layer.state()))
             layer.install(processor)
             handle.installed[layer.name] = processor
             handle._layers[layer.name] = layer
@@ -190,10 +204,7 @@ def patch(
     except BaseException:
         _uncompile([m for m in _compiled(target) if m not in compiled_before])
         for layer, before in done:
-            if before is not None:
-                layer.install(before)
-            elif layer.patched:
-                layer.restore()
+            layer.reset(before)
         raise
     if converted and weights is None:
         warnings.warn(
@@ -208,7 +219,7 @@ def patch(
 def unpatch(target: Any) -> None:
     """Put back every stock processor, the very same objects. A model without patches stays as it is.
 
-    So does a processor that somebody else set over diffattn's: `set_attention_slice`, `load_ip_adapter`, you.
+    A processor that was set over diffattn's since (`set_attention_slice`, `load_ip_adapter`, you) stays too.
     """
     status(target).undo()
     for model in _models(target).values():
