@@ -1,4 +1,4 @@
-"""The command line: `diffattn demo`, `diffattn bench`."""
+"""The command line: `diffattn demo`, `diffattn inspect`, `diffattn bench`."""
 
 import enum
 import subprocess
@@ -140,6 +140,40 @@ def bench(
         code = subprocess.run([sys.executable, str(folder / f"{script}.py"), *options]).returncode
         if code:
             raise typer.Exit(code)
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="A class name of diffusers, or a folder or hub id of a model or pipeline.")
+    ],
+    core: Annotated[
+        str | None, typer.Option(help='What to patch with: "linear" or "mqa". Default: the exact patch.')
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Glob over layer names, as patch takes it. May be repeated.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels along both edges. Default: the config's, else 1024.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default=False)] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default=False)] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a video. Default: 81.", show_default=False)] = None,
+    every: Annotated[bool, typer.Option("--every", help="A row for each layer, also where many are alike.")] = False,
+) -> None:
+    """List a model's attention layers and what patch would do, from its config alone: no weights are loaded."""
+    from diffattn.cli_inspect import show
+    from diffattn.inspect import inspect_model
+
+    if size and (height or width):
+        raise fail("--size: name it, or --height and --width")
+    try:
+        found = inspect_model(
+            model, core, layers=layers or None, height=height or size, width=width or size, frames=frames
+        )
+    except (OSError, ValueError) as error:
+        raise fail(_first_line(error)) from None
+    show(found, model, every=every)
 
 
 def _first_line(error: Exception) -> str:

@@ -163,7 +163,7 @@ def patch(
         ValueError: a pattern or a core that takes no layer, an unknown family, a core that does not fit.
             The model is then as it was.
     """
-    core = _as_core(core)
+    core = as_core(core)
     if compile is None:
         compile = config.compile
     if compile not in COMPILE_MODES:
@@ -176,13 +176,13 @@ def patch(
         raise ValueError(
             f"target: no attention layer of {type(target).__name__} can be patched; found {listed or 'none'}"
         )
-    plan, skipped, converted = _plan(found, core, layers)
+    plan, skipped, converted = make_plan(found, core, layers)
     if core is not None and not plan:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"core: {core} fits no layer of {type(target).__name__}:\n{reasons}")
 
     handle = PatchHandle(
-        skipped=skipped | unreachable, _order=_names(target), _models=list(_models(target).values())
+        skipped=skipped | unreachable, _order=names_of(target), _models=list(_models(target).values())
     )
     done: list[tuple[Layer, dict[str, Any]]] = []
     compiled_before = _compiled(target)
@@ -261,7 +261,7 @@ def find_layers(target: Any) -> list[Layer]:
     guided = getattr(target, "pag_applied_layers", None) or []  # patterns, as PAGMixin matches them
     found, seen = [], set()
     for component, model in _models(target).items():
-        denoises = component.startswith(DENOISERS) or (not component and not _is_autoencoder(model))
+        denoises = component.startswith(DENOISERS) or (not component and not is_autoencoder(model))
         for name, module in model.named_modules():
             # transformers' models have no such attribute; a processor is called with the module.
             if callable(getattr(module, "processor", None)) and id(module) not in seen:
@@ -284,7 +284,7 @@ def find_unreachable(target: Any) -> dict[str, str]:
     return reasons
 
 
-def _names(target: Any) -> list[str]:
+def names_of(target: Any) -> list[str]:
     """Every module of a pipeline or model, in the order of `named_modules`."""
     return [
         f"{component}.{name}" if component else name
@@ -293,11 +293,11 @@ def _names(target: Any) -> list[str]:
     ]
 
 
-def _is_autoencoder(model: nn.Module) -> bool:
+def is_autoencoder(model: nn.Module) -> bool:
     return hasattr(model, "decode") and hasattr(model, "encode")
 
 
-def _as_core(core: AttentionCore | str | None) -> AttentionCore | None:
+def as_core(core: AttentionCore | str | None) -> AttentionCore | None:
     if isinstance(core, str):
         if core not in CORES_BY_NAME:
             raise ValueError(f"core: got {core!r}, expected one of {', '.join(CORES_BY_NAME)} or a core instance")
@@ -316,7 +316,7 @@ def _matcher(layers: Layers | None) -> Callable[[Layer], bool]:
     return lambda layer: any(fnmatch.fnmatchcase(n, p) for n in (layer.name, layer.path) for p in patterns)
 
 
-def _plan(found: list[Layer], core: AttentionCore | None, layers: Layers | None):
+def make_plan(found: list[Layer], core: AttentionCore | None, layers: Layers | None):
     """Decide for each layer, changing nothing: (layer, processor) to install, reasons to skip, conversions."""
     matches = _matcher(layers)
     plan: list[tuple[Layer, CoreAttnProcessor]] = []
