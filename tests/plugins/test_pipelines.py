@@ -1,5 +1,6 @@
 """Tiny pipelines: guidance that sets processors, ControlNet, caches, files, threads."""
 
+import logging
 import threading
 import warnings
 
@@ -11,6 +12,15 @@ from tests.models import BY_NAME
 from tests.plugins.common import FLUX, UNET, error, learned, out, processors
 
 pytestmark = pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
+
+
+@pytest.fixture
+def log(caplog):
+    """What diffusers logs; its loggers need not propagate to pytest's."""
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 #: What the tests give as tensors instead.
@@ -164,7 +174,7 @@ def test_caches_skip_as_on_stock(cache, first):
     assert all(torch.equal(a, b) for a, b in zip(steps(model), plain, strict=True))
 
 
-def test_a_patched_model_saves_stock_weights_and_a_folder_of_its_own(tmp_path, caplog):
+def test_a_patched_model_saves_stock_weights_and_a_folder_of_its_own(tmp_path, log):
     """Cores with weights are taken out for saving and come back from `weights=`."""
     from diffusers import UNet2DConditionModel
 
@@ -174,31 +184,34 @@ def test_a_patched_model_saves_stock_weights_and_a_folder_of_its_own(tmp_path, c
     for processor in diffattn.status(unet).installed.values():
         torch.nn.init.normal_(processor.core.feature_map.proj.weight)
     patched = out(UNET, unet)
+    unet.save_pretrained(tmp_path / "patched")
+    assert torch.equal(out(UNET, UNet2DConditionModel.from_pretrained(tmp_path / "patched")), stock)
+    assert [r for r in log.records if "processor.core" in r.getMessage() and "not used" in r.getMessage()]
     diffattn.save_weights(unet, tmp_path / "diffattn")
     diffattn.unpatch(unet)
     unet.save_pretrained(tmp_path / "unet")
-    caplog.clear()
+    log.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
         assert torch.equal(out(UNET, loaded), stock) and not diffattn.status(loaded).installed
         diffattn.patch(loaded, learned(), weights=tmp_path / "diffattn")
-    assert not caplog.records
+    assert not log.records
     assert torch.equal(out(UNET, loaded), patched)
 
 
 @pytest.mark.parametrize("core", [diffattn.SoftmaxAttention, lambda: "linear"])
-def test_cores_without_weights_add_nothing_to_a_saved_pipeline(core, tmp_path, caplog):
+def test_cores_without_weights_add_nothing_to_a_saved_pipeline(core, tmp_path, log):
     from diffusers import StableDiffusionPipeline
 
     pipe = pipeline()
     stock = draw(pipe)
     diffattn.patch(pipe, core())
     pipe.save_pretrained(tmp_path)
-    caplog.clear()
+    log.clear()
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path, **ABSENT)
     loaded.set_progress_bar_config(disable=True)
-    assert not [r for r in caplog.records if "not used" in r.getMessage()]
+    assert not [r for r in log.records if "not used" in r.getMessage()]
     assert torch.equal(draw(loaded), stock)
 
 
