@@ -1,4 +1,4 @@
-"""The command line: `diffattn demo`, `diffattn inspect`, `diffattn bench`."""
+"""The command line: `diffattn demo`, `diffattn inspect`, `diffattn export`, `diffattn bench`."""
 
 import enum
 import subprocess
@@ -174,6 +174,43 @@ def inspect(
     except (OSError, ValueError) as error:
         raise fail(_first_line(error)) from None
     show(found, model, every=every)
+
+
+class Core(str, enum.Enum):
+    linear = "linear"
+    mqa = "mqa"
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a pipeline, or of a model.")],
+    out: Annotated[Path, typer.Option(help="Where the file goes.")] = Path("model.onnx"),
+    core: Annotated[
+        Core | None,
+        typer.Option(help="Patch the model with this before. Default: exact attention.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Folder or hub id of weights for --core.", show_default=False)
+    ] = None,
+    static: Annotated[bool, typer.Option("--static", help="Fix batch, height, width and length of the text.")] = False,
+    check: Annotated[bool, typer.Option(help="Compare the file with the model in ONNX Runtime.")] = True,
+) -> None:
+    """Write a pipeline's denoiser, or a model, as an ONNX file of standard operators, and check it."""
+    from diffattn.export import ExportError, load, to_onnx
+    from diffattn.patch import patch
+
+    if weights and core is None:
+        raise fail("--weights: they are of a core; name it with --core")
+    try:
+        target = load(model)
+        if core is not None:
+            patch(target, core.value, weights=weights)
+        to_onnx(target, out, dynamic=not static, check=check)
+    except (OSError, ValueError, ImportError) as error:
+        raise fail(_first_line(error)) from None
+    except ExportError as error:
+        print(f"diffattn: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 def _first_line(error: Exception) -> str:

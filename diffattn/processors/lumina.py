@@ -2,8 +2,10 @@
 
 import math
 
+import torch
 from torch import Tensor
 
+from diffattn.kernels import exporting
 from diffattn.processors.base import CoreAttnProcessor, norm_and_rotate, output, project_heads
 from diffattn.processors.rotary import from_complex
 
@@ -26,7 +28,7 @@ class Lumina2AttnProcessor(CoreAttnProcessor):
         rotary = from_complex(image_rotary_emb)
         rotate = None if rotary is None else (rotary, rotary)
         q, k, rotate = norm_and_rotate(self.core, q, k, (attn.norm_q, attn.norm_k), rotate)
-        scale = proportional_scale(attn, q.shape[1], base_sequence_length)
+        q, scale = proportional_scale(attn, q, base_sequence_length)
         return output(attn, self.core(q, k, v, mask=key_padding_mask(attention_mask), scale=scale, rotate=rotate))
 
     @classmethod
@@ -52,14 +54,15 @@ class LuminaNextAttnProcessor(CoreAttnProcessor):
         if hidden_states.dim() == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
         q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
-        rotate, scale = None, None
+        rotate, base_length = None, None
         if query_rotary_emb is not None:
             rotary = from_complex(query_rotary_emb)
             same = key_rotary_emb is query_rotary_emb
             rotate = (rotary, rotary if same else from_complex(key_rotary_emb))
         if key_rotary_emb is not None:
-            scale = proportional_scale(attn, q.shape[1], base_sequence_length)
+            base_length = base_sequence_length
         q, k, rotate = norm_and_rotate(self.core, q, k, (attn.norm_q, attn.norm_k), rotate, all_heads=True)
+        q, scale = proportional_scale(attn, q, base_length)
         return self.core(q, k, v, mask=key_padding_mask(attention_mask), scale=scale, rotate=rotate)
 
 
@@ -68,8 +71,13 @@ def key_padding_mask(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.bool()[:, None, None, :]
 
 
-def proportional_scale(attn, length: int, base_length: int | None) -> float | None:
-    """D^-0.5 sqrt(log_base(length)): sharper attention for longer sequences; None is D^-0.5."""
+def proportional_scale(attn, q: Tensor, base_length: int | None) -> tuple[Tensor, float | None]:
+    """q and its scale D^-0.5 sqrt(log_base(N)): sharper attention for longer sequences; None is D^-0.5."""
+    length = q.shape[1]
     if base_length is None:
-        return None
-    return math.sqrt(math.log(length, base_length)) * attn.scale
+        return q, None
+    if not exporting():
+        return q, math.sqrt(math.log(length, base_length)) * attn.scale
+    # Python's logarithm would bake the length of the trace into the graph.
+    sharper = (torch.scalar_tensor(length, device=q.device).log() / math.log(base_length)).sqrt()
+    return q * sharper.to(q.dtype), attn.scale

@@ -8,10 +8,13 @@ from torch import Tensor
 from diffattn.cores import AttentionCore, Rotary
 
 
-def from_complex(freqs: Tensor | None) -> Rotary | None:
-    """cos + i sin of shape (N, D/2) or (1 or B, N, D/2), pairs (2i, 2i+1): Lumina, QwenImage, Z-Image, ..."""
-    if freqs is None:
-        return None
+def from_complex(freqs: Tensor | Rotary | None) -> Rotary | None:
+    """cos + i sin of shape (N, D/2) or (1 or B, N, D/2), pairs (2i, 2i+1): Lumina, QwenImage, Z-Image, ...
+
+    A `Rotary` passes: exports make their tables of real numbers.
+    """
+    if freqs is None or isinstance(freqs, Rotary):
+        return freqs
     if freqs.dim() == 3:
         freqs = freqs.squeeze(0)  # one table for all, if there is but one
     return Rotary(freqs.real, freqs.imag)
