@@ -417,6 +417,11 @@ def _compile(target: Any, mode: str) -> None:
             continue
         if mode == "full":
             model.compile(fullgraph=True)
+        elif not getattr(model, "_repeated_blocks", None):
+            raise ValueError(
+                f"compile: got 'regional', but diffusers names no repeated blocks of {type(model).__name__}; "
+                "expected 'full' for this model, or None"
+            )
         else:
             model.compile_repeated_blocks(fullgraph=True)
 
