@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_MEMORY = 227 * 1024
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1"}
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1", torch.int8: "*i8"}
 failures = []
 
 
@@ -70,16 +70,19 @@ def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
 
 def linear() -> None:
     launchers = stand_in("linear_attention.triton")
-    for D, E, dtype, feature_map, rotated in (
-        (32, 32, torch.bfloat16, "relu", False),
-        (64, 64, torch.bfloat16, "elu1", False),
-        (112, 112, torch.bfloat16, "relu", True),
-        (40, 24, torch.float16, "softmax", False),
-        (16, 256, torch.float32, None, False),
+    for D, E, dtype, feature_map, rotated, N, M in (
+        (32, 32, torch.bfloat16, "relu", False, 4099, 4099),
+        (64, 64, torch.bfloat16, "elu1", False, 4099, 4099),
+        (112, 112, torch.bfloat16, "relu", True, 4099, 4099),
+        (40, 24, torch.float16, "softmax", False, 4099, 4099),
+        (16, 256, torch.float32, None, False, 4099, 4099),
+        # The compiler takes a length of 1 for a constant.
+        (40, 40, torch.bfloat16, "relu", False, 1, 300),
+        (40, 40, torch.bfloat16, "softmax", False, 9, 1),
     ):
-        q, k = meta(2, 4099, 4, D, dtype=dtype), meta(2, 4099, 4, D, dtype=dtype)
-        v, grad = meta(2, 4099, 4, E, dtype=dtype), meta(2, 4099, 4, E, dtype=dtype)
-        angles = meta(4099, D // 2, dtype=torch.float32) if rotated else None
+        q, k = meta(2, N, 4, D, dtype=dtype), meta(2, M, 4, D, dtype=dtype)
+        v, grad = meta(2, M, 4, E, dtype=dtype), meta(2, N, 4, E, dtype=dtype)
+        angles = meta(N, D // 2, dtype=torch.float32) if rotated else None
         _, state = launchers.linear_attention_fwd(q, k, v, angles, angles, feature_map, 1e-6)
         launchers.linear_attention_bwd(grad, q, k, v, angles, angles, state, feature_map, 1e-6)
     launchers.linear_attention_inference(*(meta(2, 1000, 4, 32) for _ in range(3)), None, None, "relu", 1e-6)
@@ -93,6 +96,8 @@ def gqa() -> None:
         forward.gqa_attention_fwd(q, k, v, mask, 0.1, False)
         out, stats, residual = forward.gqa_attention_fwd(q, k, v, mask, 0.1, True)
         backward.gqa_attention_bwd(out, q, k, v, mask, out, stats, residual, 0.1)
+        if mask is None:
+            stand_in("gqa_attention.triton_int8").gqa_attention_int8_fwd(q, k, v, mask, 0.1)
 
 
 if __name__ == "__main__":

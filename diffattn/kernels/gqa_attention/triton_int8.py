@@ -58,7 +58,14 @@ def gqa_attention_quantize_kernel(
         b_odd ^= b_odd >> 2
         b_odd ^= b_odd >> 1
         b_turn = tl.where(o_i // GROUP == o_j // GROUP, 1.0 - 2.0 * (b_odd & 1), 0.0)
-        b_x = tl.dot(b_x.reshape([BN * BD // TURN, TURN]), b_turn, input_precision="tf32").reshape([BN, BD])
+        b_x = b_x.reshape([BN * BD // TURN, TURN])
+        # A product in TF32 reads 10 bits of the mantissa, all that half precision has; centered keys have more, and
+        # without the rest one element in twenty would round to the next integer.
+        b_high = (b_x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        b_turned = tl.dot(b_high, b_turn, input_precision="tf32")
+        if CENTER:
+            b_turned = tl.dot(b_x - b_high, b_turn, b_turned, input_precision="tf32")
+        b_x = b_turned.reshape([BN, BD])
     # The maximum passes NaN over, the sum does not.
     b_top = tl.max(tl.abs(b_x), 1) + 0.0 * tl.sum(b_x, 1)
     b_y = b_x * (127.0 / tl.where(b_top == 0.0, 1.0, b_top))[:, None]

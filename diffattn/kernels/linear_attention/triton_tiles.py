@@ -43,8 +43,8 @@ def program_part(n_heads, n_chunks, chunk, n_blocks, PACK: tl.constexpr):
 
 @triton.jit
 def nothing(n):
-    """0 for a number of tokens, which the compiler cannot know."""
-    return (n < 0).to(tl.float32)
+    """0 for a number of tokens, which the compiler cannot know. It knows a 1, but then no loop has a second turn."""
+    return (n + tl.zeros((), tl.int32) < 0).to(tl.float32)
 
 
 @triton.jit
