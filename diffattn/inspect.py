@@ -15,7 +15,8 @@ from torch import nn
 from diffattn.cores import AttentionCore
 from diffattn.inspect_cost import Layers, SeeingCore
 from diffattn.inspect_inputs import Inputs
-from diffattn.patch import Layer, as_core, find_layers, find_unreachable, is_autoencoder, make_plan, names_of
+from diffattn.layers import Layer, find_layers, find_unreachable, is_autoencoder, names_of
+from diffattn.patch import as_core, make_plan
 
 EXACT = "computes what stock computes"
 CONVERTED = "another mechanism: needs distilled weights"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffattn.patch import is_autoencoder
+from diffattn.layers import is_autoencoder
 
 # Where neither the user nor the config names a size.
 PICTURE, VIDEO = (1024, 1024), (480, 832, 81)  # height, width, frames

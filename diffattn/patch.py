@@ -3,9 +3,8 @@
 import contextlib
 import copy
 import fnmatch
-import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,76 +12,15 @@ from torch import nn
 
 from diffattn._config import COMPILE_MODES, config
 from diffattn.cores import AttentionCore, GroupedQueryAttention, LinearAttention
-from diffattn.processors import BY_STOCK_NAME, CoreAttnProcessor
-from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_BY_PIPELINE, WITHOUT_PROCESSOR
+from diffattn.layers import DENOISERS, Layer, find_layers, find_unreachable, models_of, names_of
+from diffattn.processors import CoreAttnProcessor
+from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_BY_PIPELINE
+from diffattn.running import refuse_if_running
 
 CORES_BY_NAME = {"linear": LinearAttention, "mqa": lambda: GroupedQueryAttention(kv_heads=1)}
-DENOISERS = ("unet", "transformer", "prior", "decoder")
-# Attributes of a patched attention module: the processor that was there, and what core replaced it.
-RECORDS = ("_diffattn_stock", "_diffattn_core")
 STOCK_IS_BEST = "softmax, one key/value head a query head: stock is the fast path"
 
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool]
-
-
-@dataclass
-class Layer:
-    """An attention module of a diffusers model: it calls whatever its `processor` attribute holds."""
-
-    component: str  # its key in `pipe.components`; "" for a bare model
-    path: str  # as in `model.attn_processors`, without ".processor"
-    attn: nn.Module
-    denoises: bool
-    model: str = ""  # class name of the model that it is part of
-    perturbed: bool = False  # the pipeline's perturbed attention guidance sets processors here
-
-    @property
-    def name(self) -> str:
-        return f"{self.component}.{self.path}" if self.component else self.path
-
-    @property
-    def stock(self) -> Any:
-        """The processor that was there before diffattn's."""
-        return self.attn.__dict__["_diffattn_stock"] if self.patched else self.attn.processor
-
-    @property
-    def family(self) -> type[CoreAttnProcessor] | None:
-        return BY_STOCK_NAME.get(type(self.stock).__name__)
-
-    @property
-    def patched(self) -> bool:
-        return "_diffattn_stock" in self.attn.__dict__ and isinstance(self.attn.processor, CoreAttnProcessor)
-
-    def install(self, processor: CoreAttnProcessor) -> None:
-        stock = self.stock
-        _set_processor(self.attn, processor)
-        # In __dict__, past nn.Module's bookkeeping: a stock processor with weights must not add to the
-        # model's state dict while it is out of use.
-        self.attn.__dict__["_diffattn_stock"] = stock
-        self.attn.__dict__["_diffattn_core"] = repr(processor.core)
-
-    def restore(self) -> None:
-        _set_processor(self.attn, self.attn.__dict__["_diffattn_stock"])
-        for record in RECORDS:  # last: an interruption must not leave a patch that nothing tells of
-            self.attn.__dict__.pop(record, None)
-
-    def state(self) -> dict[str, Any]:
-        """What `reset` needs to bring this moment back."""
-        records = {name: self.attn.__dict__[name] for name in RECORDS if name in self.attn.__dict__}
-        return {"processor": self.attn.processor, "records": records}
-
-    def reset(self, state: dict[str, Any]) -> None:
-        _set_processor(self.attn, state["processor"])
-        for record in RECORDS:
-            self.attn.__dict__.pop(record, None)
-        self.attn.__dict__.update(state["records"])
-
-
-def _set_processor(attn: nn.Module, processor: Any) -> None:
-    # nn.Module refuses a plain object over a registered submodule, and keeps a stale attribute under one.
-    attn._modules.pop("processor", None)
-    attn.__dict__.pop("processor", None)
-    attn.processor = processor
 
 
 def _forget_fused(model: nn.Module, processors: list[CoreAttnProcessor] | None = None) -> None:
@@ -109,15 +47,19 @@ class PatchHandle:
     _order: list[str] = field(default_factory=list, repr=False)
     _layers: dict[str, Layer] = field(default_factory=dict, repr=False)
     _compiled: list[nn.Module] = field(default_factory=list, repr=False)
-    _models: list[nn.Module] = field(default_factory=list, repr=False)
+    _models: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     def undo(self) -> None:
-        """Put the stock processors back, the very same objects, where this patch's are still installed."""
+        """Put the stock processors back, the very same objects, where this patch's are still installed.
+
+        Raises: RuntimeError if another thread is running the model, which stays patched.
+        """
+        refuse_if_running(_swapped(self._models, self._layers.values()), "undo")
         for name, processor in self.installed.items():
             layer = self._layers[name]
             if layer.patched and layer.attn.processor is processor:
                 layer.restore()
-        for model in self._models:
+        for model in self._models.values():
             _forget_fused(model, list(self.installed.values()))
         _uncompile(self._compiled)
         self._compiled.clear()
@@ -161,7 +103,8 @@ def patch(
     Raises:
         TypeError: `target` or `core` is of no type that can be patched or installed.
         ValueError: a pattern or a core that takes no layer, an unknown family, a core that does not fit.
-            The model is then as it was.
+        RuntimeError: another thread is running a model that would be patched.
+        The model is then as it was.
     """
     core = as_core(core)
     if compile is None:
@@ -181,9 +124,9 @@ def patch(
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"core: {core} fits no layer of {type(target).__name__}:\n{reasons}")
 
-    handle = PatchHandle(
-        skipped=skipped | unreachable, _order=names_of(target), _models=list(_models(target).values())
-    )
+    handle = PatchHandle(skipped=skipped | unreachable, _order=names_of(target), _models=models_of(target))
+    swapped = _swapped(models_of(target), [layer for layer, _ in plan])
+    refuse_if_running(swapped, "patch")
     done: list[tuple[Layer, dict[str, Any]]] = []
     compiled_before = _compiled(target)
     try:
@@ -201,6 +144,7 @@ def patch(
             from diffattn.weights import load_weights
 
             load_weights(target, weights)
+        refuse_if_running(swapped, "patch")  # a call that began meanwhile
     except BaseException:
         _uncompile([m for m in _compiled(target) if m not in compiled_before])
         for layer, before in done:
@@ -220,16 +164,19 @@ def unpatch(target: Any) -> None:
     """Put back every stock processor, the very same objects. A model without patches stays as it is.
 
     A processor that was set over diffattn's since (`set_attention_slice`, `load_ip_adapter`, you) stays too.
+
+    Raises: RuntimeError if another thread is running a patched model, which stays patched.
     """
     status(target).undo()
-    for model in _models(target).values():
+    for model in models_of(target).values():
         _forget_fused(model)
 
 
 def status(target: Any) -> PatchHandle:
     """What is installed in a pipeline or model now; `undo()` takes all of it out."""
-    handle = PatchHandle()
-    for layer in find_layers(target):
+    layers = find_layers(target)
+    handle = PatchHandle(_models=models_of(target))
+    for layer in layers:
         handle._order.append(layer.name)
         if layer.patched:
             handle.installed[layer.name] = layer.attn.processor
@@ -248,53 +195,6 @@ def patched(target: Any, core: AttentionCore | str | None = None, **options: Any
         yield handle
     finally:
         handle.undo()
-
-
-def find_layers(target: Any) -> list[Layer]:
-    """Every attention module below a pipeline or model, in the order of `named_modules`.
-
-    Raises: TypeError if `target` is neither.
-    """
-    if not isinstance(target, nn.Module) and not isinstance(getattr(target, "components", None), dict):
-        raise TypeError(f"target: got {type(target).__name__}, expected a diffusers pipeline or model")
-
-    guided = getattr(target, "pag_applied_layers", None) or []  # patterns, as PAGMixin matches them
-    found, seen = [], set()
-    for component, model in _models(target).items():
-        denoises = component.startswith(DENOISERS) or (not component and not is_autoencoder(model))
-        for name, module in model.named_modules():
-            # transformers' models have no such attribute; a processor is called with the module.
-            if callable(getattr(module, "processor", None)) and id(module) not in seen:
-                seen.add(id(module))
-                perturbed = component in ("unet", "transformer") and any(re.search(p, name) for p in guided)
-                found.append(Layer(component, name, module, denoises, type(model).__name__, perturbed))
-    return found
-
-
-def find_unreachable(target: Any) -> dict[str, str]:
-    """Modules that attend without a processor, which no patch can take, and why."""
-    reasons = {}
-    for component, model in _models(target).items():
-        if not type(model).__module__.startswith("diffusers."):
-            continue  # text encoders and the like attend in their own ways, and nobody asks to patch them
-        for name, module in model.named_modules():
-            reason = WITHOUT_PROCESSOR.get(type(module).__name__)
-            if reason is not None:
-                reasons[f"{component}.{name}" if component else name] = f"{type(module).__name__} {reason}"
-    return reasons
-
-
-def names_of(target: Any) -> list[str]:
-    """Every module of a pipeline or model, in the order of `named_modules`."""
-    return [
-        f"{component}.{name}" if component else name
-        for component, model in _models(target).items()
-        for name, _ in model.named_modules()
-    ]
-
-
-def is_autoencoder(model: nn.Module) -> bool:
-    return hasattr(model, "decode") and hasattr(model, "encode")
 
 
 def as_core(core: AttentionCore | str | None) -> AttentionCore | None:
@@ -404,15 +304,15 @@ def _same(one: CoreAttnProcessor, other: CoreAttnProcessor) -> bool:
     return identity(one) == identity(other)
 
 
-def _models(target: Any) -> dict[str, nn.Module]:
-    if isinstance(target, nn.Module):
-        return {"": target}
-    return {name: c for name, c in target.components.items() if isinstance(c, nn.Module)}
+def _swapped(models: dict[str, nn.Module], layers: Iterable[Layer]) -> list[nn.Module]:
+    """The models that the layers are part of."""
+    names = {layer.component for layer in layers}
+    return [model for name, model in models.items() if name in names]
 
 
 def _compile(target: Any, mode: str) -> None:
     """Compile a model, or a pipeline's denoisers, in place: the repeated blocks or the whole."""
-    for name, model in _models(target).items():
+    for name, model in models_of(target).items():
         if name and not name.startswith(DENOISERS):
             continue
         if mode == "full":
@@ -427,7 +327,7 @@ def _compile(target: Any, mode: str) -> None:
 
 
 def _compiled(target: Any) -> list[nn.Module]:
-    return [m for model in _models(target).values() for m in model.modules() if m._compiled_call_impl is not None]
+    return [m for model in models_of(target).values() for m in model.modules() if m._compiled_call_impl is not None]
 
 
 def _uncompile(modules: list[nn.Module]) -> None:

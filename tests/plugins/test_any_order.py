@@ -163,12 +163,12 @@ def test_an_interruption_while_cores_are_made(interruption, patched, monkeypatch
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interruption_while_processors_are_swapped(interruption, patched, when, monkeypatch):
     """In the third swap, before it or once the processor is in its place."""
-    module = importlib.import_module("diffattn.patch")  # `diffattn.patch` is the function
+    module = importlib.import_module("diffattn.layers")
     unet = UNET.model()
     if patched:
         diffattn.patch(unet, learned())
     had, result, calls = processors(unet), out(UNET, unet), []
-    swap = module._set_processor
+    swap = module.set_processor
 
     def interrupted(attn, processor):
         calls.append(attn)
@@ -178,7 +178,7 @@ def test_an_interruption_while_processors_are_swapped(interruption, patched, whe
         if len(calls) == 3:
             raise interruption
 
-    monkeypatch.setattr(module, "_set_processor", interrupted)
+    monkeypatch.setattr(module, "set_processor", interrupted)
     with pytest.raises(interruption):
         diffattn.patch(unet, diffattn.SoftmaxAttention())
     unchanged(unet, had, result)

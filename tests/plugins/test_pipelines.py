@@ -1,7 +1,6 @@
-"""Tiny pipelines: guidance that sets processors, ControlNet, caches, files, threads."""
+"""Tiny pipelines: guidance that sets processors, ControlNet, caches, files."""
 
 import logging
-import threading
 import warnings
 
 import pytest
@@ -213,25 +212,3 @@ def test_cores_without_weights_add_nothing_to_a_saved_pipeline(core, tmp_path, l
     loaded.set_progress_bar_config(disable=True)
     assert not [r for r in log.records if "not used" in r.getMessage()]
     assert torch.equal(draw(loaded), stock)
-
-
-def test_two_pipelines_at_once():
-    """Patched differently, running in two threads: each draws what it draws alone."""
-    pipes = [pipeline(), pipeline()]
-    diffattn.patch(pipes[0], "linear")
-    diffattn.patch(pipes[1], "mqa")
-    alone = [draw(pipe) for pipe in pipes]
-    assert not torch.equal(*alone)
-    drawn = [[], []]
-
-    def work(i):
-        for _ in range(3):
-            drawn[i].append(draw(pipes[i]))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(2):
-        assert len(drawn[i]) == 3 and all(torch.equal(picture, alone[i]) for picture in drawn[i])

@@ -1,0 +1,135 @@
+"""Attention layers of a pipeline or a model, and the processors in them."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from diffattn.processors import BY_STOCK_NAME, CoreAttnProcessor
+from diffattn.processors.unsupported import WITHOUT_PROCESSOR
+
+DENOISERS = ("unet", "transformer", "prior", "decoder")
+# Attributes of a patched attention module: the processor that was there, and what core replaced it.
+RECORDS = ("_diffattn_stock", "_diffattn_core")
+
+
+@dataclass
+class Layer:
+    """An attention module of a diffusers model: it calls whatever its `processor` attribute holds."""
+
+    component: str  # its key in `pipe.components`; "" for a bare model
+    path: str  # as in `model.attn_processors`, without ".processor"
+    attn: nn.Module
+    denoises: bool
+    model: str = ""  # class name of the model that it is part of
+    perturbed: bool = False  # the pipeline's perturbed attention guidance sets processors here
+
+    @property
+    def name(self) -> str:
+        return f"{self.component}.{self.path}" if self.component else self.path
+
+    @property
+    def stock(self) -> Any:
+        """The processor that was there before diffattn's."""
+        return self.attn.__dict__["_diffattn_stock"] if self.patched else self.attn.processor
+
+    @property
+    def family(self) -> type[CoreAttnProcessor] | None:
+        return BY_STOCK_NAME.get(type(self.stock).__name__)
+
+    @property
+    def patched(self) -> bool:
+        return "_diffattn_stock" in self.attn.__dict__ and isinstance(self.attn.processor, CoreAttnProcessor)
+
+    def install(self, processor: CoreAttnProcessor) -> None:
+        stock = self.stock
+        set_processor(self.attn, processor)
+        # In __dict__, past nn.Module's bookkeeping: a stock processor with weights must not add to the
+        # model's state dict while it is out of use.
+        self.attn.__dict__["_diffattn_stock"] = stock
+        self.attn.__dict__["_diffattn_core"] = repr(processor.core)
+
+    def restore(self) -> None:
+        set_processor(self.attn, self.attn.__dict__["_diffattn_stock"])
+        for record in RECORDS:  # last: an interruption must not leave a patch that nothing tells of
+            self.attn.__dict__.pop(record, None)
+
+    def state(self) -> dict[str, Any]:
+        """What `reset` needs to bring this moment back."""
+        records = {name: self.attn.__dict__[name] for name in RECORDS if name in self.attn.__dict__}
+        return {"processor": self.attn.processor, "records": records}
+
+    def reset(self, state: dict[str, Any]) -> None:
+        set_processor(self.attn, state["processor"])
+        for record in RECORDS:
+            self.attn.__dict__.pop(record, None)
+        self.attn.__dict__.update(state["records"])
+
+
+def set_processor(attn: nn.Module, processor: Any) -> None:
+    """Put a processor in the place of another; there is one at any moment, for a thread that runs the layer.
+
+    Past `nn.Module.__setattr__`, which refuses a plain object over a registered submodule and keeps a stale attribute
+    under one.
+    """
+    if isinstance(processor, nn.Module):
+        attn._modules["processor"] = processor
+        attn.__dict__.pop("processor", None)
+    else:
+        attn.__dict__["processor"] = processor
+        attn._modules.pop("processor", None)
+
+
+def find_layers(target: Any) -> list[Layer]:
+    """Every attention module below a pipeline or model, in the order of `named_modules`.
+
+    Raises: TypeError if `target` is neither.
+    """
+    if not isinstance(target, nn.Module) and not isinstance(getattr(target, "components", None), dict):
+        raise TypeError(f"target: got {type(target).__name__}, expected a diffusers pipeline or model")
+
+    guided = getattr(target, "pag_applied_layers", None) or []  # patterns, as PAGMixin matches them
+    found, seen = [], set()
+    for component, model in models_of(target).items():
+        denoises = component.startswith(DENOISERS) or (not component and not is_autoencoder(model))
+        for name, module in model.named_modules():
+            # transformers' models have no such attribute; a processor is called with the module.
+            if callable(getattr(module, "processor", None)) and id(module) not in seen:
+                seen.add(id(module))
+                perturbed = component in ("unet", "transformer") and any(re.search(p, name) for p in guided)
+                found.append(Layer(component, name, module, denoises, type(model).__name__, perturbed))
+    return found
+
+
+def find_unreachable(target: Any) -> dict[str, str]:
+    """Modules that attend without a processor, which no patch can take, and why."""
+    reasons = {}
+    for component, model in models_of(target).items():
+        if not type(model).__module__.startswith("diffusers."):
+            continue  # text encoders and the like attend in their own ways, and nobody asks to patch them
+        for name, module in model.named_modules():
+            reason = WITHOUT_PROCESSOR.get(type(module).__name__)
+            if reason is not None:
+                reasons[f"{component}.{name}" if component else name] = f"{type(module).__name__} {reason}"
+    return reasons
+
+
+def names_of(target: Any) -> list[str]:
+    """Every module of a pipeline or model, in the order of `named_modules`."""
+    return [
+        f"{component}.{name}" if component else name
+        for component, model in models_of(target).items()
+        for name, _ in model.named_modules()
+    ]
+
+
+def is_autoencoder(model: nn.Module) -> bool:
+    return hasattr(model, "decode") and hasattr(model, "encode")
+
+
+def models_of(target: Any) -> dict[str, nn.Module]:
+    """A pipeline's models by their names; a bare model by ""."""
+    if isinstance(target, nn.Module):
+        return {"": target}
+    return {name: c for name, c in target.components.items() if isinstance(c, nn.Module)}
