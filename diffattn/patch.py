@@ -237,6 +237,10 @@ def make_plan(found: list[Layer], core: AttentionCore | None, layers: Layers | N
         new = layer.family.exact_core(layer.attn) if core is None else copy.deepcopy(core)
         processor = layer.family(new)
         processor.to(**_where_it_computes(layer.attn))
+        try:
+            new.prepare(layer.family.layer_info(layer.attn))
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from None
         processor.train(layer.attn.training)
         plan.append((layer, processor))
         if not exact:

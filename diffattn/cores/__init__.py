@@ -1,6 +1,6 @@
 """Attention cores: nn.Modules (q, k, v) -> o that know no model."""
 
-from diffattn.cores.base import AttentionCore, Rotary, apply_rotary, rotate_heads
+from diffattn.cores.base import AttentionCore, LayerInfo, Rotary, apply_rotary, rotate_heads
 from diffattn.cores.gqa import GroupedQueryAttention
 from diffattn.cores.linear import LinearAttention
 from diffattn.cores.softmax import SoftmaxAttention
@@ -8,6 +8,7 @@ from diffattn.cores.softmax import SoftmaxAttention
 __all__ = [
     "AttentionCore",
     "GroupedQueryAttention",
+    "LayerInfo",
     "LinearAttention",
     "Rotary",
     "SoftmaxAttention",

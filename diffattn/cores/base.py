@@ -1,5 +1,9 @@
 """What every attention core is given and returns, and the rotation that some of them apply."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
 from torch import Tensor, nn
 
 from diffattn.kernels import Rotary, apply_rotary, qk_norm_rope
@@ -15,15 +19,79 @@ def rotate_heads(q: Tensor, k: Tensor, rotate: tuple[Rotary | None, Rotary | Non
     return apply_rotary(q, rotate[0]), apply_rotary(k, rotate[1])
 
 
+#: The projections of a layer: of queries, keys, values, and of the output.
+ROLES = ("q", "k", "v", "out")
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a core is told of the layer that it is made for.
+
+    Attributes:
+        heads, kv_heads: H and Hkv.
+        head_dim: D of queries and keys; None where the processor cannot tell.
+        weights: role ("q", "k", "v" or "out") -> weight (out, in) and bias or None of the layer's projection, to start
+            from: detached, on the layer's device or the meta device, in its dtype. Only those are listed in whose
+            place the layer's processor calls a projection of the core's; empty where it calls none.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int | None = None
+    weights: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+
+
 class AttentionCore(nn.Module):
     """Turns queries, keys and values into the attention output, knowing nothing of the model.
 
-    A core is configured in its constructor, copied once per layer and holds no state between calls.
+    A core is configured in its constructor, copied once per layer, told about that layer in `prepare`, and holds no
+    state between calls.
+
+    Weights of its own a core keeps in child modules (offloading does not find those directly on it), most of them
+    made in `prepare`. `core.parameters()` is exactly what distillation trains, `save_weights` writes and
+    `load_weights` reads; a core without any computes a fixed formula. Two kinds of children its processor calls
+    before and after the core itself, on processors that hand them over (`LayerInfo.weights` is empty elsewhere):
+
+        projections: role -> nn.Linear that is called in place of the layer's `to_q`, `to_k`, `to_v` or `to_out[0]`.
+            Adapters (LoRA) on the layer's act on it all the same. The layer's own stay for `unpatch`, until
+            `diffattn.finalize` drops them.
+        input_maps: role "q" or "k" -> module that maps the hidden states (B, N, C) before that projection.
+
+    Both are None in a core that has none.
     """
 
     #: Whether `rotate` is the first thing that happens to q and k: a processor then does it in the core's place, in
     #: one pass with the norms. A subclass that does anything to q or k before has to set it to False.
     rotates_first = False
+
+    def __init__(self):
+        super().__init__()
+        self.projections: nn.ModuleDict | None = None
+        self.input_maps: nn.ModuleDict | None = None
+
+    def prepare(self, layer: LayerInfo) -> None:
+        """Make the weights that the core has on this layer, as near to the layer's softmax attention as they can be.
+
+        `patch` calls it once on the layer's own copy, before moving the copy to where and to the dtype that the layer
+        computes in. It is called again when a copy becomes another layer's: it makes everything anew.
+
+        Raises: ValueError if the core cannot serve the layer; nothing has been installed then.
+        """
+
+    def own(self, layer: LayerInfo, roles: Sequence[str]) -> None:
+        """Give the core copies of the layer's projections: trained, saved and loaded with it.
+
+        Raises: ValueError for a role that the layer's processor does not hand over.
+        """
+        for role in roles:
+            if role not in layer.weights:
+                raise ValueError(
+                    f"projections: {type(self).__name__} wants its own {role!r}, and this layer's processor hands "
+                    f"over {', '.join(layer.weights) or 'none'}: UNets and others with diffusers' generic attention "
+                    "have all, if they are plain linear layers and not fused"
+                )
+        made = {role: linear(*layer.weights[role]) for role in roles}
+        self.projections = nn.ModuleDict(made) if made else None
 
     def forward(
         self,
@@ -64,3 +132,14 @@ class AttentionCore(nn.Module):
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.config().items())
         return f"{type(self).__name__}({arguments})"
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer that starts with a copy of `weight` (out, in) and `bias`."""
+    out, features = weight.shape
+    made = nn.utils.skip_init(nn.Linear, features, out, bias is not None, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        if bias is not None:
+            made.bias.copy_(bias)
+    return made

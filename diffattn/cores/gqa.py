@@ -1,6 +1,9 @@
 """Softmax attention whose query heads share key/value heads."""
 
-from diffattn.cores.base import AttentionCore, rotate_heads
+import torch
+from torch import Tensor, nn
+
+from diffattn.cores.base import AttentionCore, LayerInfo, linear, rotate_heads
 from diffattn.kernels import gqa_attention
 
 
@@ -12,7 +15,10 @@ class GroupedQueryAttention(AttentionCore):
     Args:
         kv_heads: key/value heads to keep. None takes the layer's own number, which is exact. On a layer
             with more, the heads of each group are mean-pooled (Ainslie et al. 2023, section 2.1): another
-            mechanism, which needs distilled weights.
+            mechanism, which needs distilled weights. `patch` pools the weights of the key and value
+            projections into smaller ones of the core's own, which are trained and saved with it. Where the
+            processor hands none over, or they are fused or no plain linear layers, the projections' outputs are
+            pooled: the same numbers but for rounding, without weights to train and without the smaller matmuls.
         precision: None, the precision of the inputs, or "int8": `gqa_attention` rounds queries and keys to 8 bits.
             About 1e-2 off, for inference in half precision; the exact `patch` never takes it.
 
@@ -30,10 +36,17 @@ class GroupedQueryAttention(AttentionCore):
         self.kv_heads = kv_heads
         self.precision = precision
 
+    def prepare(self, layer: LayerInfo) -> None:
+        self.projections = None
+        if self.kv_heads in (None, layer.kv_heads) or not {"k", "v"} <= layer.weights.keys():
+            return
+        pooled = {role: pool(layer.weights[role], layer.kv_heads, self.kv_heads) for role in ("k", "v")}
+        self.projections = nn.ModuleDict(pooled)
+
     def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
         q, k = rotate_heads(q, k, rotate)
         if self.kv_heads is not None and k.shape[2] != self.kv_heads:
-            # Pooling the projections' outputs equals pooling their weights, and LoRA on them still acts.
+            # Equals pooling the weights that made them, which `prepare` does where it can.
             k, v = (t.unflatten(2, (self.kv_heads, -1)).mean(3) for t in (k, v))
         return gqa_attention(q, k, v, mask=mask, scale=scale, precision=self.precision)
 
@@ -48,3 +61,15 @@ class GroupedQueryAttention(AttentionCore):
 
     def config(self):
         return {"kv_heads": self.kv_heads, "precision": self.precision}
+
+
+def pool(projection: tuple[Tensor, Tensor | None], heads: int, kv_heads: int) -> nn.Linear:
+    """Mean of the projections of each group of heads / kv_heads heads in a row (Ainslie et al. 2023, figure 1)."""
+
+    def mean(tensor: Tensor) -> Tensor:
+        wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+        grouped = wide.unflatten(0, (kv_heads, heads // kv_heads, -1))
+        return grouped.mean(1).flatten(0, 1)
+
+    weight, bias = projection
+    return linear(mean(weight), None if bias is None else mean(bias))

@@ -5,8 +5,11 @@ import inspect
 
 from torch import Tensor, nn
 
-from diffattn.cores import AttentionCore, GroupedQueryAttention, SoftmaxAttention, rotate_heads
+from diffattn.cores import AttentionCore, GroupedQueryAttention, LayerInfo, SoftmaxAttention, rotate_heads
 from diffattn.kernels.qk_norm_rope import DTYPES, qk_norm_rope, runs_fused
+from diffattn.processors.projections import calls_fused as calls_fused
+from diffattn.processors.projections import output as output
+from diffattn.processors.projections import project_heads, weights_of
 
 
 class CoreAttnProcessor(nn.Module):
@@ -27,6 +30,10 @@ class CoreAttnProcessor(nn.Module):
 
     #: Why `attends_to_itself` is False where it is: what `patch` says of a layer that keeps its attention.
     kept = "attends to text"
+
+    #: Whether `forward` passes its core to `project_heads` and `output`, so that it may have projections and input
+    #: maps of its own.
+    hands_over = False
 
     def __init__(self, core: AttentionCore | None = None):
         super().__init__()
@@ -72,9 +79,25 @@ class CoreAttnProcessor(nn.Module):
         return attn.heads, attn.inner_kv_dim // (attn.inner_dim // attn.heads)
 
     @classmethod
+    def layer_info(cls, attn: nn.Module) -> LayerInfo:
+        """What a core is told of a layer."""
+        heads, kv_heads = cls.heads(attn)
+        return LayerInfo(heads, kv_heads, _head_dim(attn, heads), weights_of(attn) if cls.hands_over else {})
+
+    @classmethod
     def attends_to_itself(cls, name: str, attn: nn.Module) -> bool:
         """True for self-attention over image, video or audio tokens: what a converted core may replace."""
         return not attn.is_cross_attention
+
+
+def _head_dim(attn: nn.Module, heads: int) -> int | None:
+    for name in ("head_dim", "attention_head_dim"):
+        if isinstance(getattr(attn, name, None), int):
+            return getattr(attn, name)
+    if hasattr(attn, "inner_dim"):
+        return attn.inner_dim // heads
+    width = getattr(getattr(attn, "to_q", None), "out_features", None)
+    return None if width is None else width // heads
 
 
 def _refuse_lost_settings(processor: CoreAttnProcessor, attn: nn.Module) -> None:
@@ -86,19 +109,6 @@ def _refuse_lost_settings(processor: CoreAttnProcessor, attn: nn.Module) -> None
             "unload_ip_adapter() made a new processor without it. Call diffattn.unpatch(...) first, then load or "
             "unload the IP-Adapter, then diffattn.patch(...)"
         )
-
-
-def calls_fused(attn: nn.Module) -> bool:
-    """Whether stock would call a layer's fused projections.
-
-    Unfusing leaves those of diffusers' generic `Attention` behind, out of date after the next LoRA: there it is only
-    the Fused* processors that call them.
-    """
-    if not getattr(attn, "fused_projections", False):
-        return False
-    if hasattr(attn, "unfuse_projections"):
-        return True
-    return type(getattr(attn, "_diffattn_stock", None)).__name__.startswith("Fused")
 
 
 def project(attn: nn.Module, hidden_states: Tensor, context: Tensor | None, *, norm_all_heads: bool = False):
@@ -113,21 +123,6 @@ def project(attn: nn.Module, hidden_states: Tensor, context: Tensor | None, *, n
     q, k, v = project_heads(attn, hidden_states, context)
     q, k = normalize(q, k, (attn.norm_q, attn.norm_k), all_heads=norm_all_heads)
     return q, k, v
-
-
-def project_heads(attn: nn.Module, hidden_states: Tensor, context: Tensor | None):
-    """`project` without the norms."""
-    # Some classes fuse q, k, v of cross-attention too, which stock then leaves alone.
-    if not calls_fused(attn) or (context is not None and not hasattr(attn, "to_kv")):
-        source = hidden_states if context is None else context
-        q, k, v = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
-    elif context is None:
-        q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-    else:
-        q = attn.to_q(hidden_states)
-        k, v = attn.to_kv(context).chunk(2, dim=-1)
-    head_dim = q.shape[-1] // attn.heads
-    return tuple(t.unflatten(-1, (-1, head_dim)) for t in (q, k, v))
 
 
 def norm_and_rotate(core: AttentionCore, q: Tensor, k: Tensor, norms, rotate=None, *, all_heads: bool = False):
@@ -200,11 +195,6 @@ def _call_norm(norm: nn.Module | None, x: Tensor, all_heads: bool) -> Tensor:
     if all_heads:
         return norm(x.flatten(2)).unflatten(-1, x.shape[2:])
     return norm(x)
-
-
-def output(attn: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Merge (B, N, H, D), project out and apply the layer's dropout."""
-    return attn.to_out[1](attn.to_out[0](hidden_states.flatten(2)))
 
 
 def broadcast_mask(attn: nn.Module, mask: Tensor | None, batch: int, length: int) -> Tensor | None:

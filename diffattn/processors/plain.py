@@ -14,6 +14,7 @@ class PlainAttnProcessor(CoreAttnProcessor):
     """
 
     replaces = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "DreamLiteAttnProcessor2_0")
+    hands_over = True
 
     def forward(
         self,
@@ -51,10 +52,11 @@ class PlainAttnProcessor(CoreAttnProcessor):
         if context is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
         core = self.core_for(context)
-        q, k, v = project_heads(attn, hidden_states, context)
+        q, k, v = project_heads(attn, hidden_states, context, core)
         rotate = None if rotary is None else (rotary, None if attn.is_cross_attention else rotary)
         q, k, rotate = norm_and_rotate(core, q, k, (attn.norm_q, attn.norm_k), rotate, all_heads=norm_all_heads)
-        hidden_states = output(attn, core(q, k, v, mask=mask, scale=layer_scale(attn), rotate=rotate))
+        hidden_states = core(q, k, v, mask=mask, scale=layer_scale(attn), rotate=rotate)
+        hidden_states = output(attn, hidden_states, core)
 
         if len(shape) == 4:
             hidden_states = hidden_states.transpose(-1, -2).reshape(shape)
