@@ -1,19 +1,16 @@
 """Every kernel once at odd sizes, for compute-sanitizer; and many times, to see the same bits.
 
-    compute-sanitizer --tool memcheck python benchmarks/sanitize.py
-    compute-sanitizer --tool racecheck python benchmarks/sanitize.py
     python benchmarks/sanitize.py --repeat 100
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize.py
+    compute-sanitizer --tool racecheck python benchmarks/sanitize.py
 
-Exits with 1 if a repetition differs.
+PyTorch's own pool of memory would hide from memcheck what is read or written past a tensor's end. Exits with 1 if a
+repetition differs.
 """
 
 import argparse
 import functools
-import os
 from collections.abc import Callable, Iterator
-
-# PyTorch's own pool hides reads and writes past a tensor's end.
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 

@@ -11,9 +11,8 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Looked up here, not in a function: torch.compile traces those and refuses find_spec, behind functools.cache too.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_HAS_EXPORT_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-# torch 2.6 has no is_exporting
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)
 
 
 def interpreting() -> bool:
@@ -25,8 +24,14 @@ def interpreting() -> bool:
 
 
 def exporting() -> bool:
-    """True inside `torch.export.export` and both ONNX exporters."""
-    return torch.onnx.is_in_onnx_export() or _is_exporting()
+    """True inside `torch.export.export` (torch 2.6: with `strict=False`) and both ONNX exporters."""
+    if torch.onnx.is_in_onnx_export():
+        return True
+    # The flag, not is_exporting(): up to torch 2.11 that is true under torch.compile too (pytorch/pytorch#176347), and
+    # every compiled model would take the torch path.
+    if _HAS_EXPORT_FLAG:
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def _why_not_triton(tensor: torch.Tensor) -> str | None:
