@@ -42,8 +42,14 @@ class Layer:
     def patched(self) -> bool:
         return "_diffattn_stock" in self.attn.__dict__ and isinstance(self.attn.processor, CoreAttnProcessor)
 
+    @property
+    def parallel_config(self) -> Any:
+        """What enable_parallelism() gave the processor; None: all tokens are on this rank."""
+        return getattr(self.attn.processor, "_parallel_config", None)
+
     def install(self, processor: CoreAttnProcessor) -> None:
         stock = self.stock
+        processor._parallel_config = self.parallel_config
         set_processor(self.attn, processor)
         # In __dict__, past nn.Module's bookkeeping: a stock processor with weights must not add to the
         # model's state dict while it is out of use.
@@ -51,7 +57,10 @@ class Layer:
         self.attn.__dict__["_diffattn_core"] = repr(processor.core)
 
     def restore(self) -> None:
-        set_processor(self.attn, self.attn.__dict__["_diffattn_stock"])
+        stock = self.attn.__dict__["_diffattn_stock"]
+        if getattr(stock, "_parallel_config", None) is not self.parallel_config:
+            stock._parallel_config = self.parallel_config  # enable_parallelism() came after the patch
+        set_processor(self.attn, stock)
         for record in RECORDS:  # last: an interruption must not leave a patch that nothing tells of
             self.attn.__dict__.pop(record, None)
 

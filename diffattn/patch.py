@@ -20,6 +20,7 @@ from diffattn.running import refuse_if_running
 CORES_BY_NAME = {"linear": LinearAttention, "mqa": lambda: GroupedQueryAttention(kv_heads=1)}
 STOCK_IS_BEST = "softmax, one key/value head a query head: stock is the fast path"
 
+SPLIT = "the model runs with context parallelism, its tokens split over ranks"
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
@@ -276,7 +277,9 @@ def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[s
     heads, kv_heads = family.heads(layer.attn)
     formula = family.exact_core(layer.attn).formula(heads, kv_heads)
     if core is None:
-        return (STOCK_IS_BEST if formula == ("softmax", heads) else None), True
+        if formula == ("softmax", heads):
+            return STOCK_IS_BEST, True
+        return (SPLIT if layer.parallel_config is not None else None), True
     exact = core.formula(heads, kv_heads) == formula
     if not exact and not explicit:
         if formula[0] != "softmax":
@@ -289,6 +292,8 @@ def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[s
             return "not part of the denoiser", True
     try:
         core.check(heads, kv_heads)
+    if layer.parallel_config is not None and not family.splits(core):
+        raise ValueError(f"core: {core} on {layer.name}: {SPLIT}, and of the cores SoftmaxAttention() alone can do it")
     except ValueError as error:
         raise ValueError(f"{layer.name}: {error}") from None
     return None, exact

@@ -1,6 +1,9 @@
 """Softmax attention by torch's own kernels."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
+from torch import Tensor
 
 from diffattn.cores.base import AttentionCore, rotate_heads
 
@@ -13,10 +16,16 @@ class SoftmaxAttention(AttentionCore):
 
     rotates_first = True
 
+    #: What is called in place of torch's function, with q (B, N, H, D), k, v and the keywords `attn_mask`, `scale` and
+    #: `enable_gqa`. A processor sets it where the tokens are split over ranks; None is torch's.
+    dispatch: Callable[..., Tensor] | None = None
+
     def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
         q, k = rotate_heads(q, k, rotate)
+        grouped = k.shape[2] != q.shape[2]
+        if self.dispatch is not None:
+            return self.dispatch(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        grouped = k.shape[1] != q.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2)
 

@@ -35,8 +35,13 @@ class CoreAttnProcessor(nn.Module):
     #: maps of its own.
     hands_over = False
 
+    #: Whether each call of the core attends over the whole sequence, whose tokens context parallelism splits. Where
+    #: a core may be called for other keys too, which every rank has, stock alone knows the difference.
+    joins_all_tokens = False
+
     def __init__(self, core: AttentionCore | None = None):
         super().__init__()
+        self._split = None
         self.core = SoftmaxAttention() if core is None else core
         self._without_settings = core is None
 
@@ -56,16 +61,30 @@ class CoreAttnProcessor(nn.Module):
 
     @property
     def _parallel_config(self):
-        return None
+        """What enable_parallelism() assigns: the tokens are split over ranks, which attention has to know."""
+        return self._split
 
     @_parallel_config.setter
     def _parallel_config(self, value):
-        # enable_parallelism() assigns this; without it the ranks would attend to their own tokens only.
-        if value is not None:
+        if value is None:
+            if self._split is not None:
+                self._split = self.core.dispatch = None
+            return
+        if not self.splits(self.core):
+            # The ranks would attend to their own tokens only.
             raise NotImplementedError(
-                f"{type(self).__name__} cannot run with context parallelism: call diffattn.unpatch(model) "
-                "before enable_parallelism()"
+                f"{type(self).__name__} with {self.core} cannot run with context parallelism: call "
+                "diffattn.unpatch(model) before enable_parallelism()"
             )
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        self._split = value
+        self.core.dispatch = functools.partial(dispatch_attention_fn, parallel_config=value)
+
+    @classmethod
+    def splits(cls, core: AttentionCore) -> bool:
+        """Whether attention over tokens that are split over ranks is right: softmax, by diffusers' own dispatch."""
+        return cls.joins_all_tokens and isinstance(core, SoftmaxAttention)
 
     @classmethod
     def exact_core(cls, attn: nn.Module) -> AttentionCore:

@@ -30,6 +30,8 @@ class FluxAttnProcessor(StreamAttnProcessor):
         "OvisImageAttnProcessor",
     )
 
+    joins_all_tokens = True
+
     def forward(
         self,
         attn,
@@ -66,6 +68,8 @@ class Flux2ParallelAttnProcessor(StreamAttnProcessor):
     """Flux 2's single-stream blocks: one projection makes q, k, v and the MLP's input, one takes both outputs."""
 
     replaces = ("Flux2ParallelSelfAttnProcessor",)
+
+    joins_all_tokens = True
 
     def forward(
         self,
@@ -128,6 +132,8 @@ class QwenImageAttnProcessor(StreamAttnProcessor):
     """QwenImage: text first, a rotation for each, a mask over the text."""
 
     replaces = ("QwenDoubleStreamAttnProcessor2_0",)
+
+    joins_all_tokens = True
 
     def forward(
         self,

@@ -1,0 +1,130 @@
+"""Context parallelism: tokens split over two ranks, which are two processes on one CPU."""
+
+import multiprocessing
+import sys
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import diffattn
+from diffattn.layers import find_layers
+from tests.models import BY_NAME
+from tests.plugins.common import error, out, processors
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism"),
+    pytest.mark.skipif(sys.platform == "win32" or not dist.is_available(), reason="needs fork and torch.distributed"),
+]
+
+
+def in_two_processes(work, folder):
+    """Call `work(rank)` in two forked processes that can talk to each other; an error in one is raised here."""
+    context = multiprocessing.get_context("fork")
+    errors = context.SimpleQueue()
+
+    def rank(number):
+        try:
+            # diffusers counts accelerators, of which a CPU has none.
+            torch.accelerator.device_count = lambda: 2
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=2)
+            work(number)
+        except BaseException:
+            errors.put(traceback.format_exc())
+            raise
+
+    ranks = [context.Process(target=rank, args=(number,), daemon=True) for number in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+    assert errors.empty(), errors.get()
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def enable(model):
+    from diffusers import ContextParallelConfig
+
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+
+
+def cut(text):
+    return text[:, :6]
+
+
+#: As many tokens of text on each rank, and coordinates in the form that diffusers splits.
+SPLIT = {
+    "FluxTransformer2DModel": dict(encoder_hidden_states=cut, txt_ids=lambda ids: ids[:6]),
+    "Flux2Transformer2DModel": dict(
+        encoder_hidden_states=cut,
+        txt_ids=lambda ids: ids[None, :6].expand(2, -1, -1),
+        img_ids=lambda ids: ids[None].expand(2, -1, -1),
+    ),
+    "QwenImageTransformer2DModel": dict(encoder_hidden_states=cut, encoder_hidden_states_mask=cut),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_softmax_goes_through_the_dispatch_of_diffusers(name, tmp_path):
+    """Either order; unpatched, the model runs on as stock does."""
+    tiny, inputs = BY_NAME[name], SPLIT[name] | dict(return_dict=False)
+    alone = out(tiny, tiny.model(), **inputs)
+
+    def work(rank):
+        stock, before, after = tiny.model(), tiny.model(), tiny.model()
+        enable(stock)
+        expected = out(tiny, stock, **inputs)
+        assert error(expected, alone) <= 1e-5
+
+        diffattn.patch(before, diffattn.SoftmaxAttention())
+        enable(before)
+        enable(after)
+        had = processors(after)
+        diffattn.patch(after, diffattn.SoftmaxAttention())
+        for model in (before, after):
+            assert error(out(tiny, model, **inputs), expected) <= 1e-5
+            diffattn.unpatch(model)
+            assert torch.equal(out(tiny, model, **inputs), expected)
+        assert processors(after) == had
+        # Another core would attend to this rank's tokens alone.
+        with pytest.raises(ValueError, match=r"core: LinearAttention.* on .*attn.*: the model runs with context par"):
+            diffattn.patch(after, "linear")
+        assert processors(after) == had
+        # Where stock is the best there is, nothing is in its way.
+        assert not diffattn.patch(after).installed
+
+    in_two_processes(work, tmp_path)
+
+
+@pytest.mark.parametrize("core", ["linear", "mqa"])
+def test_a_core_that_cannot_be_split_is_refused(core):
+    """In the assignment that enable_parallelism() makes of every processor."""
+    model = BY_NAME["FluxTransformer2DModel"].model()
+    diffattn.patch(model, core)
+    for layer in find_layers(model):
+        with pytest.raises(NotImplementedError, match=r"with (Linear|GroupedQuery)Attention.*parallelism.*unpatch"):
+            layer.attn.processor._parallel_config = object()
+        layer.attn.processor._parallel_config = None
+
+
+def test_softmax_that_may_attend_to_other_keys_is_refused():
+    """Wan's cross-attention has all of the text on every rank: there stock alone knows what is split."""
+    model = BY_NAME["WanTransformer3DModel"].model()
+    diffattn.patch(model, diffattn.SoftmaxAttention())
+    for layer in find_layers(model):
+        with pytest.raises(NotImplementedError, match=r"context parallelism.*unpatch"):
+            layer.attn.processor._parallel_config = object()
+
+
+def test_the_exact_patch_leaves_a_split_model_to_stock():
+    """Nothing says that stock can split its own linear or grouped-query attention, but ours cannot."""
+    model = BY_NAME["AceStepTransformer1DModel"].model()
+    installed = diffattn.patch(model).installed.keys()
+    diffattn.unpatch(model)
+    for layer in find_layers(model):
+        layer.attn.processor._parallel_config = object()
+    handle = diffattn.patch(model)
+    assert not handle.installed
+    assert all("context parallelism" in handle.skipped[name] for name in installed) and installed
