@@ -16,8 +16,15 @@ from diffattn.layers import DENOISERS, Layer, find_layers, find_unreachable, mod
 from diffattn.processors import CoreAttnProcessor
 from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_BY_PIPELINE
 from diffattn.running import refuse_if_running
+from diffattn.traceable import traceable
 
-CORES_BY_NAME = {"linear": LinearAttention, "mqa": lambda: GroupedQueryAttention(kv_heads=1)}
+CORES_BY_NAME = {
+    "linear": LinearAttention,
+    "linfusion": LinearAttention.linfusion,
+    "hedgehog": lambda: LinearAttention("hedgehog"),
+    "mqa": lambda: GroupedQueryAttention(kv_heads=1),
+}
+SPLIT = "the model runs with context parallelism, its tokens split over ranks"
 STOCK_IS_BEST = "softmax, one key/value head a query head: stock is the fast path"
 
 SPLIT = "the model runs with context parallelism, its tokens split over ranks"

@@ -1,15 +1,19 @@
 """Linear attention: a feature map instead of the softmax, and a cost linear in the number of tokens."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffattn.cores.base import AttentionCore, Rotary
+from diffattn.cores.base import ROLES, AttentionCore, LayerInfo, Rotary, rotate_heads
+from diffattn.cores.feature_maps import HedgehogMap, InputMLP
 from diffattn.kernels import linear_attention
 
-FEATURE_MAPS = ("relu", "elu1", "softmax")
+FIXED_MAPS = ("relu", "elu1", "softmax")
+FEATURE_MAPS = (*FIXED_MAPS, "hedgehog")
+INPUT_MAPS = ("mlp",)
 
 
 class LinearAttention(AttentionCore):
@@ -22,20 +26,35 @@ class LinearAttention(AttentionCore):
 
     Args:
         feature_map: `"relu"` (Sana, DC-AE), `"elu1"` (elu(x) + 1, Katharopoulos et al. 2020), `"softmax"`
-            (over features for q, over tokens for k: efficient attention, Shen et al. 2021), or an
-            nn.Module from (B, N, H, D) to nonnegative (B, N, H, F); each layer trains its own copy, and
-            q and k share it.
+            (over features for q, over tokens for k: efficient attention, Shen et al. 2021), `"hedgehog"` (learned,
+            one for each head of q and of k: Zhang et al. 2024, `HedgehogMap`; it sees rotated q and k, as the softmax
+            that it learns from), or an nn.Module from (B, N, H, D) to nonnegative (B, N, H, F); each layer trains its
+            own copy, and q and k share it.
         normalizer: `"sum"` over tokens, as written above, or `"mean"`: S and z are divided by the number
             of tokens, so that eps weighs the same at every resolution (LinFusion, Liu et al. 2024).
         eps: added to the denominator. Sana, DC-AE: 1e-15; LinFusion: 1e-4 with `"mean"`. The map
             `"softmax"` has the denominator 1 by construction: there eps and normalizer change nothing.
+        input_map: None, or `"mlp"`: q and k are projected of x + MLP(x), with an MLP for each (LinFusion, `InputMLP`).
+            For processors that hand over their projections, UNets' among them.
+        mid_dim: width of those MLPs between their two layers; None is the width of the hidden states.
+        own_projections: those of "q", "k", "v" and "out" that the core has copies of, trained, saved and loaded with
+            it, in place of the layer's.
 
     Masks may hide keys, not single (query, key) pairs: they have to be the same for all heads and queries.
 
-    Raises: ValueError for an unknown feature map or normalizer.
+    Raises: ValueError for an unknown feature map, normalizer, input map or projection, or a mid_dim without a map.
     """
 
-    def __init__(self, feature_map: str | nn.Module = "relu", *, normalizer: str = "sum", eps: float = 1e-15):
+    def __init__(
+        self,
+        feature_map: str | nn.Module = "relu",
+        *,
+        normalizer: str = "sum",
+        eps: float = 1e-15,
+        input_map: str | None = None,
+        mid_dim: int | None = None,
+        own_projections: Sequence[str] = (),
+    ):
         super().__init__()
         if not isinstance(feature_map, nn.Module) and feature_map not in FEATURE_MAPS:
             raise ValueError(
@@ -43,15 +62,70 @@ class LinearAttention(AttentionCore):
             )
         if normalizer not in ("sum", "mean"):
             raise ValueError(f"normalizer: got {normalizer!r}, expected 'sum' or 'mean'")
+        if input_map is not None and input_map not in INPUT_MAPS:
+            raise ValueError(f"input_map: got {input_map!r}, expected None or one of {', '.join(INPUT_MAPS)}")
+        if mid_dim is not None and (input_map is None or not isinstance(mid_dim, int) or mid_dim < -1 or mid_dim == 0):
+            raise ValueError(
+                f"mid_dim: got {mid_dim!r} with input_map={input_map!r}, expected None, or with an input map a "
+                "positive integer (or -1, LinFusion's x + x)"
+            )
+        unknown = [role for role in own_projections if role not in ROLES]
+        if unknown or isinstance(own_projections, str):
+            raise ValueError(f"own_projections: got {own_projections!r}, expected some of {ROLES}")
         self.feature_map = feature_map
         self.normalizer = normalizer
         self.eps = eps
+        self.input_map = input_map
+        self.mid_dim = mid_dim
+        self.own_projections = tuple(role for role in ROLES if role in own_projections)
+        self.head_maps: nn.ModuleDict | None = None
+        # What the processor may do first then is what the softmax teacher does first.
+        self.rotates_first = feature_map == "hedgehog"
+
+    @classmethod
+    def linfusion(cls, mid_dim: int | None = None, own_projections: Sequence[str] = ()) -> "LinearAttention":
+        """LinFusion's attention (Liu et al. 2024; Huage001/LinFusion, src/linfusion/attention.py).
+
+        Its own checkpoints hold all four projections too: `patch(model, weights=...)` makes the core of them.
+        """
+        return cls(
+            "elu1",
+            normalizer="mean",
+            eps=1e-4,
+            input_map="mlp",
+            mid_dim=mid_dim,
+            own_projections=own_projections,
+        )
+
+    def prepare(self, layer: LayerInfo) -> None:
+        self.own(layer, self.own_projections)
+        self.input_maps = self.head_maps = None
+        if self.input_map is not None:
+            if not {"q", "k"} <= layer.weights.keys():
+                raise ValueError(
+                    f"input_map: {self.input_map!r} maps hidden states before the projections, which this layer's "
+                    "processor does not hand over, or which are fused or no plain linear layers; UNets and others "
+                    "with diffusers' generic attention do"
+                )
+            widths = {role: layer.weights[role][0].shape[1] for role in ("q", "k")}
+            with torch.random.fork_rng(devices=()):  # the user's random numbers are for the picture
+                self.input_maps = nn.ModuleDict({r: InputMLP(width, self.mid_dim) for r, width in widths.items()})
+        if self.feature_map == "hedgehog":
+            if layer.head_dim is None:
+                raise ValueError(
+                    "feature_map: 'hedgehog' needs the head dim, which this layer's processor cannot tell"
+                )
+            heads = {"q": layer.heads, "k": layer.kv_heads}
+            self.head_maps = nn.ModuleDict({r: HedgehogMap(n, layer.head_dim) for r, n in heads.items()})
 
     def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
         if scale is not None:
             q = q * (scale * math.sqrt(q.shape[-1]))
         feature_map = self.feature_map
-        if isinstance(feature_map, nn.Module):
+        if feature_map == "hedgehog":
+            q, k = rotate_heads(q, k, rotate)
+            q, k, feature_map, rotate = *self._map_heads(q, k), None, None
+        elif isinstance(feature_map, nn.Module):
             q, k, feature_map = feature_map(q), feature_map(k), None
         if mask is not None:
             q, k, feature_map = _mask_keys(q, k, feature_map, mask)
@@ -62,14 +136,27 @@ class LinearAttention(AttentionCore):
             q, k, v, feature_map=feature_map, rotary=rotary, eps=self.eps, normalizer=self.normalizer
         )
 
+    def _map_heads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.head_maps is None:
+            raise RuntimeError(
+                f"{self}: has weights for each layer, which diffattn.patch(model, core) makes, or core.prepare(...)"
+            )
+        return self.head_maps["q"](q), self.head_maps["k"](k)
+
     def formula(self, heads, kv_heads):
         name = self.feature_map if isinstance(self.feature_map, str) else repr(self.feature_map)
-        return ("linear", name, self.normalizer, self.eps)
+        return ("linear", name, self.normalizer, self.eps, *self._learned().values())
 
     def config(self):
         named = isinstance(self.feature_map, str)
         feature_map = self.feature_map if named else type(self.feature_map).__name__
-        return {"feature_map": feature_map, "normalizer": self.normalizer, "eps": self.eps}
+        return {"feature_map": feature_map, "normalizer": self.normalizer, "eps": self.eps, **self._learned()}
+
+    def _learned(self) -> dict:
+        """The arguments of what a fixed formula has not, where they are not None."""
+        own = list(self.own_projections)
+        learned = {"input_map": self.input_map, "mid_dim": self.mid_dim, "own_projections": own}
+        return {name: value for name, value in learned.items() if value}
 
 
 def _mask_keys(q: Tensor, k: Tensor, feature_map: str | None, mask: Tensor):
