@@ -15,7 +15,8 @@ def calls_fused(attn: nn.Module) -> bool:
         return False
     if hasattr(attn, "unfuse_projections"):
         return True
-    return type(getattr(attn, "_diffattn_stock", None)).__name__.startswith("Fused")
+    stock = getattr(attn, "_diffattn_stock", None) or attn.processor
+    return type(stock).__name__.startswith("Fused")
 
 
 def project_heads(attn: nn.Module, hidden_states: Tensor, context: Tensor | None, core: AttentionCore | None = None):

@@ -1,0 +1,163 @@
+"""Conversion to shared key/value heads: pooled projections, what acts on them, and the end of the originals."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import diffattn
+from diffattn import GroupedQueryAttention
+from tests.plugins.common import UNET, error, load_lora, out, processors
+
+pytestmark = pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1"
+
+
+def mqa(kv_heads=1):
+    return GroupedQueryAttention(kv_heads=kv_heads)
+
+
+class OfOutputs(GroupedQueryAttention):
+    """Pools the outputs of the layer's projections: the oracle, on which whatever acts on them acts."""
+
+    def prepare(self, layer):
+        pass
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_weights_of_each_group_are_pooled(kv_heads):
+    unet = UNET.model()
+    attn = unet.get_submodule(LAYER)
+    handle = diffattn.patch(unet, mqa(kv_heads))
+    own = handle.installed[LAYER].core.projections
+    for role, layer in (("k", attn.to_k), ("v", attn.to_v)):
+        groups = layer.weight.view(kv_heads, attn.heads // kv_heads, -1, layer.in_features)
+        torch.testing.assert_close(own[role].weight, groups.mean(1).flatten(0, 1))
+    pooled = out(UNET, unet)
+    diffattn.unpatch(unet)
+    diffattn.patch(unet, OfOutputs(kv_heads))
+    assert error(pooled, out(UNET, unet)) <= 1e-5
+
+
+def test_smaller_matmuls_run():
+    unet = UNET.model()
+    diffattn.patch(unet, mqa())
+    attn, called = unet.get_submodule(LAYER), []
+    for module in (attn.to_q, attn.to_k, attn.to_v, *attn.processor.core.projections.values()):
+        module.register_forward_hook(lambda module, _, out: called.append((module, out.shape[-1])))
+    out(UNET, unet)
+    own = attn.processor.core.projections
+    width = attn.inner_dim // attn.heads
+    assert called == [(attn.to_q, attn.inner_dim), (own["k"], width), (own["v"], width)]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["load", "fuse", "two", "disable"])
+def test_lora_on_the_originals_acts(when, how):
+    """As it acts on pooled outputs of the layer's own projections, loaded before the conversion or after it."""
+
+    def plug(model):
+        load_lora(model, UNET, 1, "one")
+        if how == "fuse":
+            model.fuse_lora(lora_scale=0.7)
+        if how == "two":
+            load_lora(model, UNET, 2, "two")
+            model.set_adapters(["one", "two"], weights=[0.5, -1.0])
+        if how == "disable":
+            model.disable_lora()
+
+    def converted(core):
+        model = UNET.model()
+        if when == "before":
+            plug(model)
+        diffattn.patch(model, core)
+        if when == "after":
+            plug(model)
+        return model
+
+    model, oracle = converted(mqa()), converted(OfOutputs(1))
+    assert error(out(UNET, model), out(UNET, oracle)) <= 1e-5
+    plain = UNET.model()
+    diffattn.patch(plain, mqa())
+    assert (error(out(UNET, model), out(UNET, plain)) > 1e-3) == (how != "disable")
+    if how == "fuse":
+        model.unfuse_lora()
+    model.unload_lora()
+    assert error(out(UNET, model), out(UNET, plain)) <= 1e-5
+    diffattn.unpatch(model)
+    assert error(out(UNET, model), out(UNET, UNET.model())) <= (1e-5 if how == "fuse" else 0)
+
+
+def test_adapters_other_than_lora_are_refused_in_the_call():
+    from peft import LoHaConfig, LoraConfig
+
+    for config in (LoraConfig(r=2, target_modules=["to_k"], use_dora=True), LoHaConfig(r=2, target_modules=["to_v"])):
+        unet = UNET.model()
+        diffattn.patch(unet, mqa())
+        unet.add_adapter(config)
+        with pytest.raises(RuntimeError, match=r"only plain LoRA can act. Call diffattn.unpatch"):
+            out(UNET, unet)
+
+
+def test_lora_training_reaches_the_adapters_and_leaves_the_core():
+    """`add_adapter` by names like to_k takes the layer's projections alone, and gradients flow to it."""
+    from peft import LoraConfig
+
+    unet = UNET.model()
+    diffattn.patch(unet, mqa())
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    assert not any("lora" in name and "processor" in name for name, _ in unet.named_parameters())
+    UNET.run(unet).square().sum().backward()
+    lora = {name: p.grad for name, p in unet.named_parameters() if "lora" in name and "attn1" in name}
+    assert lora and all(g is not None and g.abs().sum() > 0 for g in lora.values())
+
+
+@pytest.mark.parametrize("what", ["fused", "quantized"])
+def test_outputs_are_pooled_where_weights_cannot_be(what):
+    unet = UNET.model()
+    if what == "fused":
+        unet.fuse_qkv_projections()
+    else:
+        for name, module in list(unet.named_modules()):
+            if name.endswith("attn1.to_k"):
+                unet.set_submodule(name, torch.ao.nn.quantized.dynamic.Linear.from_float(_observed(module)))
+    oracle = copy.deepcopy(unet)
+    handle = diffattn.patch(unet, mqa())
+    assert all(processor.core.projections is None for processor in handle.installed.values())
+    diffattn.patch(oracle, OfOutputs(1))
+    assert torch.equal(out(UNET, unet), out(UNET, oracle))
+
+
+def _observed(module):
+    module.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    return module
+
+
+def test_copies_and_pickles():
+    unet = UNET.model()
+    diffattn.patch(unet, mqa())
+    expected = out(UNET, unet)
+    for twin in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert torch.equal(out(UNET, twin), expected)
+        assert twin.get_submodule(LAYER).processor.core.projections["k"].weight is not (
+            unet.get_submodule(LAYER).processor.core.projections["k"].weight
+        )
+        diffattn.unpatch(twin)
+        assert torch.equal(out(UNET, twin), out(UNET, UNET.model()))
+
+
+def test_unpatch_leaves_no_trace():
+    unet = UNET.model()
+    stock, keys, had = out(UNET, unet), list(unet.state_dict()), processors(unet)
+    diffattn.patch(unet, mqa())
+    assert {k for k in unet.state_dict() if k not in keys} == {
+        f"{name}.processor.core.projections.{role}.weight"
+        for name in diffattn.status(unet).installed
+        for role in ("k", "v")
+    }
+    diffattn.unpatch(unet)
+    assert list(unet.state_dict()) == keys and processors(unet) == had
+    assert torch.equal(out(UNET, unet), stock)
