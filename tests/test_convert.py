@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
 
 import diffattn
 from diffattn import GroupedQueryAttention

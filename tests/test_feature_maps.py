@@ -112,8 +112,8 @@ def test_what_a_map_needs_is_said():
     q = torch.zeros(B, N, H, D)
     with pytest.raises(RuntimeError, match=r"diffattn\.patch"):
         LinearAttention("hedgehog")(q, q, q)
-    with pytest.raises(ValueError, match="own 'q', and this layer's processor hands over none"):
-        LinearAttention(own_projections=["q"]).prepare(LAYER)
+    with pytest.raises(ValueError, match="cannot have its own 'q' here: this layer's processor hands over none"):
+        LinearAttention().own(LAYER, ["q"])
     with pytest.raises(ValueError, match="learned map has weights for each"):
         diffattn.LinearAttnProcessor("hedgehog")
 
@@ -140,7 +140,7 @@ def test_configurations_go_to_json_and_back():
     import json
 
     cores = [
-        LinearAttention.linfusion(mid_dim=5, own_projections=["out", "q"]),
+        LinearAttention.linfusion(mid_dim=5),
         LinearAttention("hedgehog"),
         LinearAttention("elu1", input_map="mlp"),
     ]
@@ -148,8 +148,7 @@ def test_configurations_go_to_json_and_back():
         twin = LinearAttention(**json.loads(json.dumps(core.config())))
         assert repr(twin) == repr(core) and twin.formula(8, 8) == core.formula(8, 8)
     assert repr(cores[0]) == (
-        "LinearAttention(feature_map='elu1', normalizer='mean', eps=0.0001, input_map='mlp', mid_dim=5, "
-        "own_projections=['q', 'out'])"
+        "LinearAttention(feature_map='elu1', normalizer='mean', eps=0.0001, input_map='mlp', mid_dim=5)"
     )
     assert len({str(core.formula(8, 8)) for core in cores}) == 3
 
@@ -164,7 +163,6 @@ def test_configurations_go_to_json_and_back():
             dict(own_projections=["query"]),
             r"own_projections: got \['query'\], expected some of \('q', 'k', 'v', 'out'\)",
         ),
-        (dict(own_projections="q"), "own_projections: got 'q'"),
     ],
 )
 def test_bad_arguments(arguments, match):

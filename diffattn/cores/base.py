@@ -79,19 +79,25 @@ class AttentionCore(nn.Module):
         """
 
     def own(self, layer: LayerInfo, roles: Sequence[str]) -> None:
-        """Give the core copies of the layer's projections: trained, saved and loaded with it.
+        """Give the core copies of some of the layer's projections, called in place of the layer's from then on.
+
+        What it has already stays as it is. `load_weights` does this for those that a checkpoint holds.
 
         Raises: ValueError for a role that the layer's processor does not hand over.
         """
+        made = {} if self.projections is None else dict(self.projections.items())
         for role in roles:
+            if role in made:
+                continue
             if role not in layer.weights:
                 raise ValueError(
-                    f"projections: {type(self).__name__} wants its own {role!r}, and this layer's processor hands "
-                    f"over {', '.join(layer.weights) or 'none'}: UNets and others with diffusers' generic attention "
-                    "have all, if they are plain linear layers and not fused"
+                    f"projections: {self} cannot have its own {role!r} here: this layer's processor hands over "
+                    f"{', '.join(layer.weights) or 'none'}. UNets and others with diffusers' generic attention hand "
+                    f"over {', '.join(ROLES)} that are plain linear layers and not fused"
                 )
-        made = {role: linear(*layer.weights[role]) for role in roles}
-        self.projections = nn.ModuleDict(made) if made else None
+            made[role] = linear(*layer.weights[role])
+        # In one order, whatever was asked for first.
+        self.projections = nn.ModuleDict({role: made[role] for role in ROLES if role in made}) if made else None
 
     def forward(
         self,

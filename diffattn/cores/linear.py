@@ -1,13 +1,12 @@
 """Linear attention: a feature map instead of the softmax, and a cost linear in the number of tokens."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffattn.cores.base import ROLES, AttentionCore, LayerInfo, Rotary, rotate_heads
+from diffattn.cores.base import AttentionCore, LayerInfo, Rotary, rotate_heads
 from diffattn.cores.feature_maps import HedgehogMap, InputMLP
 from diffattn.kernels import linear_attention
 
@@ -37,12 +36,10 @@ class LinearAttention(AttentionCore):
         input_map: None, or `"mlp"`: q and k are projected of x + MLP(x), with an MLP for each (LinFusion, `InputMLP`).
             For processors that hand over their projections, UNets' among them.
         mid_dim: width of those MLPs between their two layers; None is the width of the hidden states.
-        own_projections: those of "q", "k", "v" and "out" that the core has copies of, trained, saved and loaded with
-            it, in place of the layer's.
 
     Masks may hide keys, not single (query, key) pairs: they have to be the same for all heads and queries.
 
-    Raises: ValueError for an unknown feature map, normalizer, input map or projection, or a mid_dim without a map.
+    Raises: ValueError for an unknown feature map, normalizer or input map, or a mid_dim without a map.
     """
 
     def __init__(
@@ -53,7 +50,6 @@ class LinearAttention(AttentionCore):
         eps: float = 1e-15,
         input_map: str | None = None,
         mid_dim: int | None = None,
-        own_projections: Sequence[str] = (),
     ):
         super().__init__()
         if not isinstance(feature_map, nn.Module) and feature_map not in FEATURE_MAPS:
@@ -69,37 +65,25 @@ class LinearAttention(AttentionCore):
                 f"mid_dim: got {mid_dim!r} with input_map={input_map!r}, expected None, or with an input map a "
                 "positive integer (or -1, LinFusion's x + x)"
             )
-        unknown = [role for role in own_projections if role not in ROLES]
-        if unknown or isinstance(own_projections, str):
-            raise ValueError(f"own_projections: got {own_projections!r}, expected some of {ROLES}")
         self.feature_map = feature_map
         self.normalizer = normalizer
         self.eps = eps
         self.input_map = input_map
         self.mid_dim = mid_dim
-        self.own_projections = tuple(role for role in ROLES if role in own_projections)
         self.head_maps: nn.ModuleDict | None = None
         # What the processor may do first then is what the softmax teacher does first.
         self.rotates_first = feature_map == "hedgehog"
 
     @classmethod
-    def linfusion(cls, mid_dim: int | None = None, own_projections: Sequence[str] = ()) -> "LinearAttention":
+    def linfusion(cls, mid_dim: int | None = None) -> "LinearAttention":
         """LinFusion's attention (Liu et al. 2024; Huage001/LinFusion, src/linfusion/attention.py).
 
-        Its own checkpoints hold all four projections too: `patch(model, weights=...)` makes the core of them.
+        Its own checkpoints hold a layer's four projections too: `load_weights` gives the core such.
         """
-        return cls(
-            "elu1",
-            normalizer="mean",
-            eps=1e-4,
-            input_map="mlp",
-            mid_dim=mid_dim,
-            own_projections=own_projections,
-        )
+        return cls("elu1", normalizer="mean", eps=1e-4, input_map="mlp", mid_dim=mid_dim)
 
     def prepare(self, layer: LayerInfo) -> None:
-        self.own(layer, self.own_projections)
-        self.input_maps = self.head_maps = None
+        self.projections = self.input_maps = self.head_maps = None
         if self.input_map is not None:
             if not {"q", "k"} <= layer.weights.keys():
                 raise ValueError(
@@ -154,8 +138,7 @@ class LinearAttention(AttentionCore):
 
     def _learned(self) -> dict:
         """The arguments of what a fixed formula has not, where they are not None."""
-        own = list(self.own_projections)
-        learned = {"input_map": self.input_map, "mid_dim": self.mid_dim, "own_projections": own}
+        learned = {"input_map": self.input_map, "mid_dim": self.mid_dim}
         return {name: value for name, value in learned.items() if value}
 
 
