@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffattn.export_models import SAMPLE_INPUTS, TRACEABLE
+from diffattn.export_models import SAMPLE_INPUTS
 from diffattn.patch import DENOISERS, find_layers, patched
+from diffattn.traceable import traceable
 
 #: A file of more bytes of weights keeps them beside it: protobuf, which ONNX files are, ends at 2 GiB.
 EXTERNAL_BYTES = 1 << 30
@@ -223,7 +224,7 @@ class _Call(nn.Module):
 
     def __init__(self, model: nn.Module, keys, fixed, axes):
         super().__init__()
-        self.model = TRACEABLE.get(type(model).__name__, lambda m: m)(model)
+        self.model = traceable(model)
         self.keys, self.fixed, self.axes = list(keys), fixed, axes
 
     def forward(self, *tensors: Tensor) -> Tensor:

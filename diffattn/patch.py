@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffattn._config import COMPILE_MODES, config
@@ -27,7 +28,6 @@ CORES_BY_NAME = {
 SPLIT = "the model runs with context parallelism, its tokens split over ranks"
 STOCK_IS_BEST = "softmax, one key/value head a query head: stock is the fast path"
 
-SPLIT = "the model runs with context parallelism, its tokens split over ranks"
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
@@ -243,12 +243,12 @@ def make_plan(found: list[Layer], core: AttentionCore | None, layers: Layers | N
             skipped[layer.name] = reason
             continue
         new = layer.family.exact_core(layer.attn) if core is None else copy.deepcopy(core)
-        processor = layer.family(new)
-        processor.to(**_where_it_computes(layer.attn))
         try:
             new.prepare(layer.family.layer_info(layer.attn))
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from None
+        processor = layer.family(new)
+        processor.to(**_where_it_computes(layer.attn))
         processor.train(layer.attn.training)
         plan.append((layer, processor))
         if not exact:
@@ -297,10 +297,10 @@ def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[s
             return NOT_CONVERTED[layer.model], True
         if not layer.denoises:
             return "not part of the denoiser", True
-    try:
-        core.check(heads, kv_heads)
     if layer.parallel_config is not None and not family.splits(core):
         raise ValueError(f"core: {core} on {layer.name}: {SPLIT}, and of the cores SoftmaxAttention() alone can do it")
+    try:
+        core.check(heads, kv_heads)
     except ValueError as error:
         raise ValueError(f"{layer.name}: {error}") from None
     return None, exact
@@ -332,7 +332,11 @@ def _compile(target: Any, mode: str) -> None:
         if name and not name.startswith(DENOISERS):
             continue
         if mode == "full":
-            model.compile(fullgraph=True)
+            whole = traceable(model)
+            if whole is model:
+                model.compile(fullgraph=True)
+            else:  # as nn.Module.compile does it, with another forward
+                model._compiled_call_impl = torch.compile(whole._call_impl, fullgraph=True)
         elif not getattr(model, "_repeated_blocks", None):
             raise ValueError(
                 f"compile: got 'regional', but diffusers names no repeated blocks of {type(model).__name__}; "
