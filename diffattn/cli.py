@@ -1,4 +1,4 @@
-"""The command line: `diffattn demo`, `diffattn inspect`, `diffattn export`, `diffattn bench`."""
+"""The command line: `diffattn demo`, `inspect`, `distill`, `export`, `bench`."""
 
 import enum
 import subprocess
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from diffattn import cli_distill
 
 app = typer.Typer(help="Attention processors for Hugging Face diffusers.", no_args_is_help=True, add_completion=False)
 
@@ -211,6 +213,9 @@ def export(
     except ExportError as error:
         print(f"diffattn: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+app.command()(cli_distill.distill)
 
 
 def _first_line(error: Exception) -> str:
