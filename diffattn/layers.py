@@ -10,6 +10,8 @@ from diffattn.processors import BY_STOCK_NAME, CoreAttnProcessor
 from diffattn.processors.unsupported import WITHOUT_PROCESSOR
 
 DENOISERS = ("unet", "transformer", "prior", "decoder")
+# Where IP-Adapters put the modules that turn pictures into prompts, some of which attend.
+IMAGE_PROJECTIONS = ("encoder_hid_proj.", "image_proj.")
 # Attributes of a patched attention module: the processor that was there, and what core replaced it.
 RECORDS = ("_diffattn_stock", "_diffattn_core")
 
@@ -107,7 +109,8 @@ def find_layers(target: Any) -> list[Layer]:
             if callable(getattr(module, "processor", None)) and id(module) not in seen:
                 seen.add(id(module))
                 perturbed = component in ("unet", "transformer") and any(re.search(p, name) for p in guided)
-                found.append(Layer(component, name, module, denoises, type(model).__name__, perturbed))
+                draws = denoises and not name.startswith(IMAGE_PROJECTIONS)
+                found.append(Layer(component, name, module, draws, type(model).__name__, perturbed))
     return found
 
 

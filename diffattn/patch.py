@@ -295,10 +295,10 @@ def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[s
             return family.kept, True
         if layer.model in NOT_CONVERTED:
             return NOT_CONVERTED[layer.model], True
-        if not layer.denoises:
-            return "not part of the denoiser", True
     if layer.parallel_config is not None and not family.splits(core):
         raise ValueError(f"core: {core} on {layer.name}: {SPLIT}, and of the cores SoftmaxAttention() alone can do it")
+        if not layer.denoises:
+            return "not part of the denoiser", True
     try:
         core.check(heads, kv_heads)
     except ValueError as error:

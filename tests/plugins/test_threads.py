@@ -132,20 +132,23 @@ def test_a_callback_of_the_pipeline_itself_may_patch():
 
 def test_a_call_that_begins_while_patch_is_at_work_is_noticed(monkeypatch):
     unet, pause = UNET.model(), Pause()
-    had = processors(unet)
+    had, swapped = processors(unet), []
     hook = unet.mid_block.register_forward_hook(pause)
     running = pause.inside(lambda: out(UNET, unet))
-    with monkeypatch.context() as patches:
 
-        def load_weights(target, weights):  # the last thing that patch does, and the longest
+    def swap(attn, processor):
+        set_processor(attn, processor)
+        swapped.append(attn)
+        if len(swapped) == 2:
             running.__enter__()
 
-        patches.setattr("diffattn.weights.load_weights", load_weights)
-        with refused("patch"):
-            diffattn.patch(unet, "linear", weights="somewhere")
-    assert processors(unet) == had
+    monkeypatch.setattr("diffattn.layers.set_processor", swap)
+    with refused("patch"):
+        diffattn.patch(unet, "linear")
     running.__exit__(None, None, None)
     hook.remove()
+    assert len(swapped) == 8  # four, and back
+    assert processors(unet) == had
 
 
 def test_a_layer_has_a_processor_at_every_moment_of_a_swap():
