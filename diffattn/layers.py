@@ -66,6 +66,21 @@ class Layer:
         for record in RECORDS:  # last: an interruption must not leave a patch that nothing tells of
             self.attn.__dict__.pop(record, None)
 
+    def where_it_computes(self) -> dict[str, Any]:
+        """Device and dtype of a layer's inputs, which offloaded or cast weights are brought to for each call."""
+        like = next((p for p in self.attn.parameters() if p.is_floating_point()), None)
+        where = dict(device=None, dtype=None) if like is None else dict(device=like.device, dtype=like.dtype)
+        for module in self.attn.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)  # accelerate's
+            if device is not None:
+                where["device"] = device
+            hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+            if "group_offloading" in hooks:
+                where["device"] = hooks["group_offloading"].group.onload_device
+            if "layerwise_casting" in hooks:
+                where["dtype"] = hooks["layerwise_casting"].compute_dtype
+        return where
+
     def state(self) -> dict[str, Any]:
         """What `reset` needs to bring this moment back."""
         records = {name: self.attn.__dict__[name] for name in RECORDS if name in self.attn.__dict__}

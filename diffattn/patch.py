@@ -21,10 +21,12 @@ from diffattn.traceable import traceable
 
 CORES_BY_NAME = {
     "linear": LinearAttention,
+    "mqa": lambda: GroupedQueryAttention(kv_heads=1),
     "linfusion": LinearAttention.linfusion,
     "hedgehog": lambda: LinearAttention("hedgehog"),
-    "mqa": lambda: GroupedQueryAttention(kv_heads=1),
 }
+# Attribute of a module that patch(compile=...) compiled.
+COMPILED = "_diffattn_compiled"
 SPLIT = "the model runs with context parallelism, its tokens split over ranks"
 STOCK_IS_BEST = "softmax, one key/value head a query head: stock is the fast path"
 
@@ -102,7 +104,8 @@ def patch(
             `model.attn_processors` without `.processor`; in a pipeline the component's name comes first
             (`"unet.mid_block.*"`; a glob may leave it out). Chosen layers get the core whatever they
             attend to.
-        weights: folder or hub id with weights of the cores, see `load_weights`.
+        weights: folder or hub id with weights of the cores, see `load_weights`. They say which layers get which
+            core; `core`, if given, has to be the one they are for.
         compile: `"regional"` compiles the model's repeated blocks, `"full"` the whole model; None takes
             `diffattn.config.compile`, which compiles nothing unless set.
 
@@ -110,7 +113,8 @@ def patch(
 
     Raises:
         TypeError: `target` or `core` is of no type that can be patched or installed.
-        ValueError: a pattern or a core that takes no layer, an unknown family, a core that does not fit.
+        ValueError: a pattern or a core that takes no layer, an unknown family, a core or weights that do not fit.
+        FileNotFoundError: `weights` is neither such a folder nor such a repository.
         RuntimeError: another thread is running a model that would be patched.
         The model is then as it was.
     """
@@ -127,8 +131,13 @@ def patch(
         raise ValueError(
             f"target: no attention layer of {type(target).__name__} can be patched; found {listed or 'none'}"
         )
-    plan, skipped, converted = make_plan(found, core, layers)
-    if core is not None and not plan:
+    checkpoint = None
+    if weights is not None:
+        from diffattn.checkpoints import load_into, open_checkpoint
+
+        checkpoint = open_checkpoint(weights)
+    plan, skipped, converted = make_plan(found, core, layers, checkpoint)
+    if (core is not None or checkpoint is not None) and not plan:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"core: {core} fits no layer of {type(target).__name__}:\n{reasons}")
 
@@ -141,17 +150,21 @@ def patch(
         for layer, processor in plan:
             if layer.patched and _same(layer.attn.processor, processor):
                 processor = layer.attn.processor  # patching twice keeps loaded weights
+                if layer.name in converted and any(True for _ in processor.parameters()):
+                    converted.remove(layer.name)
             done.append((layer, layer.state()))
             layer.install(processor)
             handle.installed[layer.name] = processor
             handle._layers[layer.name] = layer
         if compile is not None:
             _compile(target, compile)
-            handle._compiled = [m for m in _compiled(target) if m not in compiled_before]
-        if weights is not None:  # last: what it wrote into a kept processor could not be taken back
-            from diffattn.weights import load_weights
-
-            load_weights(target, weights)
+            ours = [m for m in _compiled(target) if m not in compiled_before or COMPILED in m.__dict__]
+            handle._compiled = ours
+            for module in ours:
+                module.__dict__[COMPILED] = True
+        if checkpoint is not None:  # last: what it wrote into a kept processor could not be taken back
+            saved = checkpoint.match(found)
+            load_into(checkpoint, {saved[layer.name]: layer for layer, _ in plan})
         refuse_if_running(swapped, "patch")  # a call that began meanwhile
     except BaseException:
         _uncompile([m for m in _compiled(target) if m not in compiled_before])
@@ -171,11 +184,14 @@ def patch(
 def unpatch(target: Any) -> None:
     """Put back every stock processor, the very same objects. A model without patches stays as it is.
 
+    What `patch(..., compile=...)` compiled runs eagerly again.
+
     A processor that was set over diffattn's since (`set_attention_slice`, `load_ip_adapter`, you) stays too.
 
     Raises: RuntimeError if another thread is running a patched model, which stays patched.
     """
     status(target).undo()
+    _uncompile([m for m in _compiled(target) if COMPILED in m.__dict__])
     for model in models_of(target).values():
         _forget_fused(model)
 
@@ -224,9 +240,13 @@ def _matcher(layers: Layers | None) -> Callable[[Layer], bool]:
     return lambda layer: any(fnmatch.fnmatchcase(n, p) for n in (layer.name, layer.path) for p in patterns)
 
 
-def make_plan(found: list[Layer], core: AttentionCore | None, layers: Layers | None):
-    """Decide for each layer, changing nothing: (layer, processor) to install, reasons to skip, conversions."""
+def make_plan(found: list[Layer], core: AttentionCore | None, layers: Layers | None, checkpoint: Any = None):
+    """Decide for each layer, changing nothing: (layer, processor) to install, reasons to skip, conversions.
+
+    A `diffattn.checkpoints.Checkpoint` has cores of its own, which `core` must be like.
+    """
     matches = _matcher(layers)
+    saved = None if checkpoint is None else checkpoint.match(found)
     plan: list[tuple[Layer, CoreAttnProcessor]] = []
     skipped: dict[str, str] = {}
     converted: list[str] = []
@@ -238,38 +258,26 @@ def make_plan(found: list[Layer], core: AttentionCore | None, layers: Layers | N
         if layer not in chosen:
             skipped[layer.name] = "not chosen by `layers`"
             continue
-        reason, exact = _decide(layer, core, explicit=layers is not None)
+        if saved is not None and layer.name not in saved:
+            skipped[layer.name] = "not among the weights"
+            continue
+        wanted = core if saved is None else checkpoint.core(saved[layer.name], core)
+        reason, exact = _decide(layer, wanted, explicit=layers is not None or saved is not None)
         if reason is not None:
             skipped[layer.name] = reason
             continue
-        new = layer.family.exact_core(layer.attn) if core is None else copy.deepcopy(core)
+        new = layer.family.exact_core(layer.attn) if wanted is None else copy.deepcopy(wanted)
         try:
             new.prepare(layer.family.layer_info(layer.attn))
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from None
         processor = layer.family(new)
-        processor.to(**_where_it_computes(layer.attn))
+        processor.to(**layer.where_it_computes())
         processor.train(layer.attn.training)
         plan.append((layer, processor))
         if not exact:
             converted.append(layer.name)
     return plan, skipped, converted
-
-
-def _where_it_computes(attn: nn.Module) -> dict[str, Any]:
-    """Device and dtype of a layer's inputs, which offloaded or cast weights are brought to for each call."""
-    like = next((p for p in attn.parameters() if p.is_floating_point()), None)
-    where = dict(device=None, dtype=None) if like is None else dict(device=like.device, dtype=like.dtype)
-    for module in attn.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)  # accelerate's
-        if device is not None:
-            where["device"] = device
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        if "group_offloading" in hooks:
-            where["device"] = hooks["group_offloading"].group.onload_device
-        if "layerwise_casting" in hooks:
-            where["dtype"] = hooks["layerwise_casting"].compute_dtype
-    return where
 
 
 def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[str | None, bool]:
@@ -291,14 +299,14 @@ def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[s
     if not exact and not explicit:
         if formula[0] != "softmax":
             return f"stock is {formula[0]} attention already", True
+        if not layer.denoises:
+            return "not part of the denoiser", True
         if not family.attends_to_itself(layer.name, layer.attn):
             return family.kept, True
         if layer.model in NOT_CONVERTED:
             return NOT_CONVERTED[layer.model], True
     if layer.parallel_config is not None and not family.splits(core):
         raise ValueError(f"core: {core} on {layer.name}: {SPLIT}, and of the cores SoftmaxAttention() alone can do it")
-        if not layer.denoises:
-            return "not part of the denoiser", True
     try:
         core.check(heads, kv_heads)
     except ValueError as error:
@@ -313,11 +321,16 @@ def _no_family(layer: Layer) -> str:
 
 
 def _same(one: CoreAttnProcessor, other: CoreAttnProcessor) -> bool:
-    def identity(processor):
-        shapes = {name: tensor.shape for name, tensor in processor.state_dict().items()}
-        return type(processor), repr(processor.core), shapes
+    """Whether `one`, which is installed, is what `other` would be; it may have loaded projections besides."""
 
-    return identity(one) == identity(other)
+    def shapes(processor):
+        return {name: tensor.shape for name, tensor in processor.state_dict().items()}
+
+    if type(one) is not type(other) or repr(one.core) != repr(other.core):
+        return False
+    here, there = shapes(one), shapes(other)
+    loaded = [name for name in here.keys() - there.keys() if name.startswith("core.projections.")]
+    return {name: shape for name, shape in here.items() if name not in loaded} == there
 
 
 def _swapped(models: dict[str, nn.Module], layers: Iterable[Layer]) -> list[nn.Module]:
@@ -353,3 +366,4 @@ def _compiled(target: Any) -> list[nn.Module]:
 def _uncompile(modules: list[nn.Module]) -> None:
     for module in modules:
         module._compiled_call_impl = None
+        module.__dict__.pop(COMPILED, None)
