@@ -2,6 +2,7 @@
 
 from diffattn import kernels
 from diffattn._config import config
+from diffattn.convert import finalize
 from diffattn.cores import AttentionCore, GroupedQueryAttention, LinearAttention, SoftmaxAttention
 from diffattn.patch import PatchHandle, patch, patched, status, unpatch
 from diffattn.processors import LinearAttnProcessor, MQAAttnProcessor
@@ -17,6 +18,7 @@ __all__ = [
     "PatchHandle",
     "SoftmaxAttention",
     "config",
+    "finalize",
     "kernels",
     "load_weights",
     "patch",

@@ -1,6 +1,7 @@
 """Attention layers of a pipeline or a model, and the processors in them."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ from diffattn.processors.unsupported import WITHOUT_PROCESSOR
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 # Where IP-Adapters put the modules that turn pictures into prompts, some of which attend.
 IMAGE_PROJECTIONS = ("encoder_hid_proj.", "image_proj.")
-# Attributes of a patched attention module: the processor that was there, and what core replaced it.
-RECORDS = ("_diffattn_stock", "_diffattn_core")
+# Attributes of a patched attention module: the processor that was there, what core replaced it, and whether `finalize`
+# dropped what that processor needs.
+RECORDS = ("_diffattn_stock", "_diffattn_core", "_diffattn_finalized")
 
 
 @dataclass
@@ -49,6 +51,10 @@ class Layer:
         """What enable_parallelism() gave the processor; None: all tokens are on this rank."""
         return getattr(self.attn.processor, "_parallel_config", None)
 
+    @property
+    def finalized(self) -> bool:
+        return "_diffattn_finalized" in self.attn.__dict__
+
     def install(self, processor: CoreAttnProcessor) -> None:
         stock = self.stock
         processor._parallel_config = self.parallel_config
@@ -59,6 +65,7 @@ class Layer:
         self.attn.__dict__["_diffattn_core"] = repr(processor.core)
 
     def restore(self) -> None:
+        refuse_finalized([self])
         stock = self.attn.__dict__["_diffattn_stock"]
         if getattr(stock, "_parallel_config", None) is not self.parallel_config:
             stock._parallel_config = self.parallel_config  # enable_parallelism() came after the patch
@@ -91,6 +98,17 @@ class Layer:
         for record in RECORDS:
             self.attn.__dict__.pop(record, None)
         self.attn.__dict__.update(state["records"])
+
+
+def refuse_finalized(layers: Iterable[Layer]) -> None:
+    """Raises: RuntimeError if the stock processor of a layer could not run."""
+    names = [layer.name for layer in layers if layer.finalized]
+    if names:
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        raise RuntimeError(
+            f"unpatch: {names[0]}{more}: finalized: diffattn.finalize() dropped the projections that stock attention "
+            "needs. Load the model anew to get them back"
+        )
 
 
 def set_processor(attn: nn.Module, processor: Any) -> None:

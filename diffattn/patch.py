@@ -13,7 +13,7 @@ from torch import nn
 
 from diffattn._config import COMPILE_MODES, config
 from diffattn.cores import AttentionCore, GroupedQueryAttention, LinearAttention
-from diffattn.layers import DENOISERS, Layer, find_layers, find_unreachable, models_of, names_of
+from diffattn.layers import DENOISERS, Layer, find_layers, find_unreachable, models_of, names_of, refuse_finalized
 from diffattn.processors import CoreAttnProcessor
 from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_BY_PIPELINE
 from diffattn.running import refuse_if_running
@@ -62,12 +62,13 @@ class PatchHandle:
     def undo(self) -> None:
         """Put the stock processors back, the very same objects, where this patch's are still installed.
 
-        Raises: RuntimeError if another thread is running the model, which stays patched.
+        Raises: RuntimeError if another thread is running the model, or a layer is finalized: all stays patched.
         """
         refuse_if_running(_swapped(self._models, self._layers.values()), "undo")
-        for name, processor in self.installed.items():
-            layer = self._layers[name]
-            if layer.patched and layer.attn.processor is processor:
+        here = [self._layers[name] for name, p in self.installed.items() if self._layers[name].attn.processor is p]
+        refuse_finalized(here)
+        for layer in here:
+            if layer.patched:
                 layer.restore()
         for model in self._models.values():
             _forget_fused(model, list(self.installed.values()))
@@ -75,7 +76,10 @@ class PatchHandle:
         self._compiled.clear()
 
     def __str__(self) -> str:
-        rows = [(name, type(p).__name__, str(p.core)) for name, p in self.installed.items()]
+        rows = [
+            (name, type(p).__name__, f"{p.core}{', finalized' if self._layers[name].finalized else ''}")
+            for name, p in self.installed.items()
+        ]
         rows += [(name, "stock", reason) for name, reason in self.skipped.items()]
         rows.sort(key=lambda row: self._order.index(row[0]))
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
@@ -188,7 +192,7 @@ def unpatch(target: Any) -> None:
 
     A processor that was set over diffattn's since (`set_attention_slice`, `load_ip_adapter`, you) stays too.
 
-    Raises: RuntimeError if another thread is running a patched model, which stays patched.
+    Raises: RuntimeError if another thread is running a patched model, or a layer is finalized; all stays patched.
     """
     status(target).undo()
     _uncompile([m for m in _compiled(target) if COMPILED in m.__dict__])
@@ -262,6 +266,12 @@ def make_plan(found: list[Layer], core: AttentionCore | None, layers: Layers | N
             skipped[layer.name] = "not among the weights"
             continue
         wanted = core if saved is None else checkpoint.core(saved[layer.name], core)
+        if layer.finalized:
+            if repr(wanted) == repr(layer.attn.processor.core):
+                plan.append((layer, layer.attn.processor))
+            else:
+                skipped[layer.name] = f"finalized: it keeps {layer.attn.processor.core}"
+            continue
         reason, exact = _decide(layer, wanted, explicit=layers is not None or saved is not None)
         if reason is not None:
             skipped[layer.name] = reason

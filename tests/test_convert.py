@@ -160,3 +160,122 @@ def test_unpatch_leaves_no_trace():
     diffattn.unpatch(unet)
     assert list(unet.state_dict()) == keys and processors(unet) == had
     assert torch.equal(out(UNET, unet), stock)
+
+
+def test_a_lora_that_was_fused_and_unloaded_is_not_dropped_in_silence():
+    """It changed weights that are not called any more."""
+    unet = UNET.model()
+    diffattn.patch(unet, mqa())
+    load_lora(unet, UNET)
+    unet.fuse_lora()
+    unet.unload_lora()
+    with pytest.raises(RuntimeError, match=r"projection 'k': the layer's weight has changed .* Keep the LoRA loaded"):
+        out(UNET, unet)
+    diffattn.unpatch(unet)
+    diffattn.patch(unet, mqa())  # pools the fused weights
+    fused = UNET.model()
+    load_lora(fused, UNET)
+    fused.fuse_lora()
+    diffattn.patch(fused, OfOutputs(1))
+    assert error(out(UNET, unet), out(UNET, fused)) <= 1e-5
+
+
+def test_casting_back_and_forth_changes_no_weight_that_matters():
+    unet = UNET.model()
+    diffattn.patch(unet, mqa())
+    unet.to(torch.bfloat16).to(torch.float32)
+    assert out(UNET, unet).isfinite().all()
+
+
+def finalized(core=None):
+    unet = UNET.model()
+    diffattn.patch(unet, core or mqa())
+    return unet, out(UNET, unet), diffattn.finalize(unet)
+
+
+def test_finalize_drops_the_originals_and_their_memory():
+    unet, converted, dropped = finalized()
+    stock = UNET.model()
+    kept = sum(p.numel() * p.element_size() for p in unet.parameters())
+    own = sum(p.numel() * p.element_size() for n, p in unet.named_parameters() if ".processor." in n)
+    assert kept == sum(p.numel() * p.element_size() for p in stock.parameters()) - dropped + own
+    assert dropped == sum(
+        p.numel() * 4 for n, p in stock.named_parameters() if n.endswith(("attn1.to_k.weight", "attn1.to_v.weight"))
+    )
+    assert not any(name.endswith(("attn1.to_k.weight", "attn1.to_v.weight")) for name in unet.state_dict())
+    assert torch.equal(out(UNET, unet), converted)
+    assert diffattn.finalize(unet) == 0  # again
+    assert torch.equal(out(UNET, unet), converted)
+    lines = str(diffattn.status(unet)).splitlines()
+    assert sum("GroupedQueryAttention(kv_heads=1, precision=None), finalized" in line for line in lines) == 4
+
+
+def test_a_finalized_model_cannot_be_unpatched():
+    unet = UNET.model()
+    handle = diffattn.patch(unet, mqa())
+    expected = out(UNET, unet)
+    diffattn.finalize(unet)
+    had = processors(unet)
+    for undo in (handle.undo, lambda: diffattn.unpatch(unet)):
+        with pytest.raises(RuntimeError, match=r"attn1 and 3 more: finalized: .*dropped.* Load the model anew"):
+            undo()
+    diffattn.patch(unet, mqa())  # what it is already
+    with pytest.raises(ValueError, match=r"fits no layer(.|\n)*finalized: it keeps GroupedQueryAttention"):
+        diffattn.patch(unet, mqa(2), layers="*attn1")
+    assert processors(unet) == had and torch.equal(out(UNET, unet), expected)
+
+
+def test_layers_that_lost_nothing_can_be_patched_after_finalize():
+    unet, expected, _ = finalized()
+    handle = diffattn.patch(unet, diffattn.SoftmaxAttention(), layers="*attn2")
+    assert error(out(UNET, unet), expected) <= 1e-5
+    handle.undo()
+    assert torch.equal(out(UNET, unet), expected)
+    other = UNET.model()
+    diffattn.patch(other, "linear")  # a core without projections of its own
+    assert diffattn.finalize(other) == 0
+    diffattn.unpatch(other)
+    assert torch.equal(out(UNET, other), out(UNET, UNET.model()))
+
+
+def test_a_finalized_model_is_saved_as_weights_and_restored(tmp_path):
+    unet, expected, _ = finalized()
+    folder = diffattn.save_weights(unet, tmp_path)
+    other = UNET.model()
+    diffattn.patch(other, weights=str(folder))
+    assert torch.equal(out(UNET, other), expected)
+    diffattn.finalize(other)
+    diffattn.load_weights(other, folder)
+    assert torch.equal(out(UNET, other), expected)
+    for twin in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        assert torch.equal(out(UNET, twin), expected)
+
+
+def test_what_needs_a_dropped_projection_is_told():
+    unet, _, _ = finalized()
+    attn = unet.get_submodule(LAYER)
+    with pytest.raises(ValueError, match=r"Dropped\(\S*attn1.to_k, by diffattn.finalize\(\)\) is not supported"):
+        load_lora(unet, UNET)
+    with pytest.raises(RuntimeError, match=rf"{LAYER}.to_k was dropped by diffattn.finalize"):
+        attn.to_k(torch.zeros(1))
+    with pytest.raises(AttributeError, match=r"weight: .* was dropped"):
+        attn.fuse_projections()
+
+
+def test_finalize_refuses_adapters_offloading_and_stock_models():
+    from accelerate import cpu_offload
+
+    def refused(model, match):
+        expected, keys = out(UNET, model), list(model.state_dict())
+        with pytest.raises(ValueError, match=match):
+            diffattn.finalize(model)
+        assert list(model.state_dict()) == keys and torch.equal(out(UNET, model), expected)
+
+    refused(UNET.model(), "no diffattn processor installed: nothing to finalize")
+    unet = UNET.model()
+    diffattn.patch(unet, mqa())
+    load_lora(unet, UNET)
+    refused(unet, r"attn1.to_k has adapters \(one\)")
+    unet.unload_lora()
+    cpu_offload(unet, execution_device=torch.device("cpu"))
+    refused(unet, "is offloaded: finalize the model first")

@@ -159,10 +159,6 @@ def test_configurations_go_to_json_and_back():
         (dict(input_map="mpl"), "input_map: got 'mpl', expected None or one of mlp"),
         (dict(mid_dim=4), "mid_dim: got 4 with input_map=None"),
         (dict(input_map="mlp", mid_dim=0), "mid_dim: got 0"),
-        (
-            dict(own_projections=["query"]),
-            r"own_projections: got \['query'\], expected some of \('q', 'k', 'v', 'out'\)",
-        ),
     ],
 )
 def test_bad_arguments(arguments, match):

@@ -140,12 +140,27 @@ class AttentionCore(nn.Module):
         return f"{type(self).__name__}({arguments})"
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer that starts with a copy of `weight` (out, in) and `bias`."""
+def linear(weight: Tensor, bias: Tensor | None, instead_of: Tensor | None = None) -> nn.Linear:
+    """A linear layer that starts with a copy of `weight` (out, in) and `bias`.
+
+    Args:
+        instead_of: the weight of the layer's projection that it stands in for, if that is another.
+    """
     out, features = weight.shape
     made = nn.utils.skip_init(nn.Linear, features, out, bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         made.weight.copy_(weight)
         if bias is not None:
             made.bias.copy_(bias)
+    # No buffer: it is neither saved nor moved.
+    made.instead_of = sample(weight if instead_of is None else instead_of)
     return made
+
+
+def sample(weight: Tensor) -> Tensor | None:
+    """64 numbers of a weight, on the CPU, that tell whether it changed; None of one without numbers."""
+    if weight.is_meta:
+        return None
+    numbers = weight.detach().flatten()
+    step = max(1, numbers.numel() // 64) | 1  # odd: not one column alone
+    return numbers[::step][:64].to("cpu", torch.float32, copy=True)

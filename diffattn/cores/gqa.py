@@ -72,4 +72,4 @@ def pool(projection: tuple[Tensor, Tensor | None], heads: int, kv_heads: int) ->
         return grouped.mean(1).flatten(0, 1)
 
     weight, bias = projection
-    return linear(mean(weight), None if bias is None else mean(bias))
+    return linear(mean(weight), None if bias is None else mean(bias), instead_of=weight)

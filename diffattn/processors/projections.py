@@ -1,8 +1,18 @@
 """A layer's projections, a core's own in their place, and what adapters on the layer's still add."""
 
+import time
+
+import torch
 from torch import Tensor, nn
 
 from diffattn.cores import AttentionCore
+from diffattn.cores.base import sample
+from diffattn.kernels import exporting
+
+#: Seconds between two looks at whether a layer's own projection changed. A look waits for the GPU.
+LOOK_EVERY = 0.5
+#: Relative change of a weight above the rounding of bfloat16, which casting a model back and forth leaves.
+CHANGED = 2**-8
 
 
 def calls_fused(attn: nn.Module) -> bool:
@@ -47,7 +57,7 @@ def output(attn: nn.Module, hidden_states: Tensor, core: AttentionCore | None = 
     own = None if core is None or core.projections is None else core.projections
     if own is None or "out" not in own:
         return attn.to_out[1](attn.to_out[0](hidden_states))
-    out, added = own["out"](hidden_states), adapters(attn.to_out[0], hidden_states)
+    out, added = own["out"](hidden_states), _added(own["out"], attn.to_out[0], hidden_states, "out")
     return attn.to_out[1](out if added is None else out + added)
 
 
@@ -61,7 +71,7 @@ def _project_for(core: AttentionCore, attn: nn.Module, hidden_states: Tensor, so
         out = own[role](x) if role in own else module(x)
         head_dim = heads[0].shape[-1] if heads else out.shape[-1] // attn.heads
         out = out.unflatten(-1, (-1, head_dim))
-        added = adapters(module, x) if role in own else None
+        added = _added(own[role], module, x, role) if role in own else None
         if added is not None:
             added = added.unflatten(-1, (-1, head_dim))
             if added.shape[2] != out.shape[2]:  # pooled, as the weights they were trained for
@@ -69,6 +79,40 @@ def _project_for(core: AttentionCore, attn: nn.Module, hidden_states: Tensor, so
             out = out + added
         heads.append(out)
     return tuple(heads)
+
+
+def _added(own: nn.Module, module: nn.Module, x: Tensor, role: str) -> Tensor | None:
+    """What the layer's projection adds to the core's own in its place: its adapters."""
+    if hasattr(module, "base_layer"):
+        return adapters(module, x)
+    if not torch.compiler.is_compiling() and not exporting():
+        _look(own, module, role)
+    return None
+
+
+def _look(own: nn.Module, module: nn.Module, role: str) -> None:
+    """Raise if the layer's weight is not the one that was taken over: that change would have no effect.
+
+    A LoRA that was fused and unloaded leaves no other trace. Its weight has the same address and version.
+    """
+    now = time.monotonic()
+    before = getattr(own, "instead_of", None)
+    if before is None or now - getattr(own, "looked", -LOOK_EVERY) < LOOK_EVERY:
+        return
+    weight = getattr(module, "weight", None)  # none of a dropped one
+    if weight is None or weight.is_meta or weight.element_size() < 2:  # float8 storage rounds more than a LoRA adds
+        return
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    own.looked = now
+    after = sample(weight)
+    if (after - before).norm() > CHANGED * before.norm():
+        raise RuntimeError(
+            f"projection {role!r}: the layer's weight has changed since the attention core took it over, by a LoRA "
+            "that was fused and unloaded or by other weights loaded into the model; that has no effect on the core's "
+            "own. Keep the LoRA loaded, fused or not, and it acts; or call diffattn.unpatch(...), load, and "
+            "diffattn.patch(...) again"
+        )
 
 
 def adapters(module: nn.Module, x: Tensor) -> Tensor | None:
