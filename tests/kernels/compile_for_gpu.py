@@ -1,6 +1,6 @@
 """Compile kernels for a GPU that is not there: what Triton's interpreter runs, its compiler may refuse.
 
-python tests/kernels/compile_for_gpu.py linear|gqa       without TRITON_INTERPRET
+python tests/kernels/compile_for_gpu.py linear|gqa|causal       without TRITON_INTERPRET
 
 Prints a line a kernel; exits with 1 if one does not compile, or needs more shared memory than a Hopper GPU has.
 """
@@ -100,6 +100,24 @@ def gqa() -> None:
             stand_in("gqa_attention.triton_int8").gqa_attention_int8_fwd(q, k, v, mask, 0.1)
 
 
+def causal() -> None:
+    launchers = stand_in("causal_linear_attention.triton")
+    for D, E, dtype, feature_map, normalize, decay, block in (
+        (64, 64, torch.bfloat16, "elu1", True, 3, 1),
+        (40, 24, torch.float16, None, False, 4, 1),
+        (112, 112, torch.bfloat16, "relu", True, 4, 1560),
+    ):
+        N = 4 * 1560
+        q, k, v, grad = (meta(2, N, h, d, dtype=dtype) for h, d in ((4, D), (2, D), (2, E), (4, E)))
+        g = None if decay is None else meta(*(2, N // block, 2, D)[:decay], dtype=torch.float32)
+        state = meta(2, 2, D * E + (D if normalize else 0), dtype=torch.float32)
+        options = (feature_map, normalize, 1e-6, block)
+        out, *kept = launchers.causal_linear_attention_fwd(q, k, v, g, state, state, *options, True)
+        launchers.causal_linear_attention_bwd(grad, state, q, k, v, g, state, state, *kept, out, *options, True)
+        if launchers.recurrent_fits(D, E, normalize):
+            launchers.causal_linear_attention_recurrent(q, k, v, g, state, state, *options)
+
+
 if __name__ == "__main__":
-    {"linear": linear, "gqa": gqa}[sys.argv[1]]()
+    {"linear": linear, "gqa": gqa, "causal": causal}[sys.argv[1]]()
     sys.exit(1 if failures else 0)

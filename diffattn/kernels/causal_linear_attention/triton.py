@@ -1,0 +1,330 @@
+"""Launchers of the Triton kernels: what each pass is in terms of one walk over the tokens, block sizes, segments.
+
+With W the weights of pairs of tokens that decay and order leave, a_n = 1 / d_n and b_n the gradient of d_n (without a
+normalizer a = 1, b = 0), g the gradient of o, every gradient is a walk of its own (`triton_tiles.py` for the roles):
+
+    o_n  = a_n sum_m W_nm (q_n . k_m) v_m                     from the first token to the last
+    dq_n = sum_m W_nm (a_n (g_n . v_m) + b_n) k_m             the same way
+    dk_m = sum_n W_nm (a_n (v_m . g_n) + b_n) q_n             from the last token to the first
+    dv_m = sum_n W_nm a_n (k_m . q_n) g_n                     from the last token to the first
+
+Those from the last to the first carry the gradient of the state. With r_n and s_n the parts of q_n . dq_n and
+k_n . dk_n that decayed, the gradient of g_t is the sum of r_n - s_n over all tokens from step t on, plus the product
+of the last state with its gradient: each pair of tokens counts in the steps between the two.
+"""
+
+import dataclasses
+
+import torch
+
+from diffattn.kernels.causal_linear_attention.reference import split_state
+from diffattn.kernels.causal_linear_attention.triton_channels import causal_linear_attention_channels_kernel
+from diffattn.kernels.causal_linear_attention.triton_frames import causal_linear_attention_frames_kernel
+from diffattn.kernels.causal_linear_attention.triton_scan import (
+    causal_linear_attention_quotient_kernel,
+    causal_linear_attention_recurrent_kernel,
+    causal_linear_attention_scan_kernel,
+)
+from diffattn.kernels.causal_linear_attention.triton_walk import causal_linear_attention_walk_kernel
+from diffattn.kernels.linear_attention.triton import (
+    PARTS,
+    Launch,
+    _aligned,
+    _cdiv,
+    _multiprocessors,
+    _on_device,
+    _padded,
+)
+
+# By kernel, then by the padded width of a tile: the first entry at least as wide is taken.
+CONFIGS = {
+    "walk": {32: Launch(64, 4, 2, 4), 64: Launch(64, 4, 2, 2), 128: Launch(64, 8, 1, 1), 256: Launch(32, 8, 1, 1)},
+    "frames": {32: Launch(64, 4, 2, 4), 64: Launch(64, 4, 2, 2), 128: Launch(64, 8, 1, 1), 256: Launch(32, 8, 1, 1)},
+    "channels": {64: Launch(16, 4, 1, 4), 128: Launch(16, 4, 1, 2), 256: Launch(16, 8, 1, 1)},
+}
+# The most elements of one D x BE block of the state, by the bytes of its parts: larger heads are cut along E.
+STATE_BLOCK = {2: 128 * 128, 4: 64 * 128}
+# The recurrence keeps a whole state in one program up to this size; it multiplies no matrices.
+RECURRENT_STATE = 128 * 128
+# What another segment costs in steps, and what the states of segments cost: their pass reads two tensors of four.
+STEPS_PER_PROGRAM = 3
+SEGMENTED_COST = 1.6
+
+
+def _launch(kernel: str, width: int, dtype: torch.dtype, block: int) -> Launch:
+    table = CONFIGS[kernel]
+    launch = table[min(w for w in table if w >= width)]
+    if dtype != torch.bfloat16 and width > 64:
+        launch = dataclasses.replace(launch, warps=8, stages=1, resident=1)
+    if dtype == torch.float32:
+        launch = dataclasses.replace(launch, block=max(16, launch.block // 2), stages=1)
+    if kernel == "frames":
+        launch = dataclasses.replace(launch, block=min(launch.block, _padded(block)))
+    return launch
+
+
+def _segments(launch: Launch, heads: int, steps: int, device: torch.device) -> int:
+    """How many segments to cut `steps` tiles of each of `heads` heads into, so that all finish soonest."""
+    slots = _multiprocessors(device) * launch.resident
+
+    def finish(n):
+        waves = _cdiv(heads * n, slots) * (_cdiv(steps, n) + STEPS_PER_PROGRAM)
+        return waves if n == 1 else waves * SEGMENTED_COST
+
+    n = min((n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= max(1, steps)), key=finish)
+    return _cdiv(steps, _cdiv(steps, n))
+
+
+def _states(parts: torch.Tensor, transpose: bool = False) -> torch.Tensor:
+    """A state (B, H, D, E), transposed or not, flat as a walk keeps it."""
+    return (parts.transpose(-1, -2) if transpose else parts).flatten(2)
+
+
+def _join(S: torch.Tensor, tail: torch.Tensor | None) -> torch.Tensor:
+    return (S if tail is None else torch.cat((S, tail), -1)).contiguous()
+
+
+def _walk(
+    q, k, v, *, decay=None, decay_on="keys", block=1, maps=(None, None, None), x=None, map_x=None, out_dtype=None,
+    flip=False, post=False, strict=False, norm=False, weigh=0, a=None, b=None, eps=0.0, rate=False, keep=False,
+    init=None, final=None,
+):  # fmt: skip
+    """(o, residual, inverse, rate) of one walk. Tensors in the roles of q (B, N, Hq, D), k (B, N, Hk, D) and v
+    (B, N, Hk, E): the head h of the result reads q's h // (H / Hq) and k's h // (H / Hk).
+
+    decay: (B, T, Hg, 1 or features) or None. init: the flat state before, or None. final: where the flat state after
+    goes, or None; it may be init. keep: return what the backward of a normalized walk needs.
+    """
+    B, N, Hq, D = q.shape
+    Hk, E = v.shape[2:]
+    H = max(Hq, Hk)
+    dtype, device = q.dtype, q.device
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    kind = 0
+    if decay is not None:
+        kind = 1 if decay.shape[3] == 1 else {"keys": 2, "values": 3}[decay_on]
+    tail = D if norm else E if weigh and b is not None else 0
+    size = D * E + tail
+    o = empty(B, N, H, E, dtype=out_dtype or dtype)
+    residual = empty(B, N, H, E, dtype=dtype) if keep and dtype != torch.float32 else empty(0)
+    inverse = empty(B, N, H) if keep else empty(0)
+    if N == 0 or B == 0 or E == 0:
+        if final is not None and final is not init:
+            final.copy_(init) if init is not None else final.zero_()
+        return o, residual, inverse, empty(0)
+
+    name = "frames" if block > 1 else "channels" if kind > 1 else "walk"
+    kernel = {
+        "frames": causal_linear_attention_frames_kernel,
+        "channels": causal_linear_attention_channels_kernel,
+        "walk": causal_linear_attention_walk_kernel,
+    }[name]
+    BD, width = _padded(D), max(_padded(D), _padded(E))
+    limit = STATE_BLOCK[2 if dtype == torch.bfloat16 else 4] // (2 if name == "frames" and rate else 1)
+    BE = max(16, min(_padded(E), limit // BD))
+    e_blocks = _cdiv(E, BE)
+    rates = empty(0)
+    if rate:
+        rates = empty(e_blocks, B, N, H) if kind == 1 else empty(B, N, H, E)
+    launch = _launch(name, width, dtype, block)
+    steps = _cdiv(N, launch.block) if block == 1 else N // block
+    n_segments = _segments(launch, B * H * e_blocks, steps, device)
+    # A state that several programs read none of them may write: then the scan does.
+    shared = final is not None and (H != Hk or (norm and e_blocks > 1 and final is init))
+    segmented = n_segments > 1 or shared
+    segment = _cdiv(steps, n_segments) * (launch.block if block == 1 else 1)
+    group_q, group_k = H // Hq, H // Hk
+    Hg = decay.shape[2] if decay is not None else H
+    decay_strides = (0, 0, 0, 0) if decay is None else decay.stride()
+    constants = dict(
+        D=D, E=E, BD=BD, BE=BE, BN=launch.block, MAP_Q=maps[0], MAP_K=maps[1], MAP_V=maps[2], MAP_X=map_x,
+        X=x is not None, DECAY=kind, FLIP=flip, POST=post, STRICT=strict, NORM=norm, WEIGH=weigh,
+        BIAS=bool(weigh) and b is not None, ALIGN=_aligned(q, k, v, *(() if x is None else (x,))), PARTS=PARTS[dtype],
+        STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    x = q if x is None else x
+
+    def run(heads, group_q, group_k, group_g, p_in, p_out, total, **flags):
+        kernel[(B * heads * n_segments, e_blocks)](
+            q, k, v, x, q if decay is None else decay, q if a is None else a, q if b is None else b, p_in, p_out,
+            total, o, residual, inverse, rates, *q.stride(), *k.stride(), *v.stride(), *x.stride(), *decay_strides,
+            N, heads, n_segments, segment, block, group_q, group_k, group_g, eps, **constants, **flags,
+        )  # fmt: skip
+
+    with _on_device(q):
+        first = init
+        if segmented:
+            first = empty(B, Hk, n_segments, size)
+            total = empty(B, Hk, n_segments, {0: 0, 1: 1, 2: D, 3: E}[kind])
+            # the heads here are those of k and v; weights a, b come with as many
+            group_g = Hk // Hg if Hk > Hg else 1
+            run(Hk, max(1, Hk // Hq), 1, group_g, first, first, total, OUT=False, INIT=False, SAVE=True,
+                RATE=0, RESIDUAL=0)  # fmt: skip
+            width = 256
+            causal_linear_attention_scan_kernel[(B * Hk, _cdiv(size, width))](
+                first, total, first if init is None else init, first if final is None else final, n_segments,
+                D, E, SIZE=size, DECAY=kind, INIT=init is not None, SAVE=final is not None, BX=width, num_warps=4,
+            )  # fmt: skip
+        save = final is not None and not segmented
+        run(H, group_q, group_k, H // Hg, first if first is not None else rates, final if save else rates, rates,
+            OUT=True, INIT=first is not None, SAVE=save, RATE=kind if rate and kind < 2 else 2 if rate else 0,
+            RESIDUAL=0 if not keep else 1 if dtype == torch.float32 else 2)  # fmt: skip
+    return o, residual, inverse, rates
+
+
+def _steps_first(decay: torch.Tensor | None, B: int, steps: int) -> torch.Tensor | None:
+    """(B, T, Hkv, 1 or D) of a decay (Hkv,), (B, T, Hkv) or (B, T, Hkv, D)."""
+    if decay is None:
+        return None
+    if decay.dim() == 1:
+        decay = decay.expand(B, steps, -1)
+    return decay.unsqueeze(-1) if decay.dim() == 3 else decay
+
+
+def causal_linear_attention_fwd(q, k, v, decay, state, final, feature_map, normalize, eps, block, keep):
+    """(o, residual, inverse). The last state goes to `final`, which may be `state`; either may be None.
+
+    keep: for a backward, with `normalize`: what rounding took from o, and one over the denominators.
+    """
+    decay = _steps_first(decay, q.shape[0], q.shape[1] // block)
+    maps = (feature_map, feature_map, None)
+    return _walk(
+        q, k, v, decay=decay, block=block, maps=maps, norm=normalize, eps=eps, keep=keep and normalize, init=state,
+        final=final,
+    )[:3]  # fmt: skip
+
+
+def recurrent_fits(D: int, E: int, normalize: bool) -> bool:
+    """Whether one program holds a state, or what it holds can be cut."""
+    return _padded(D) * (_padded(E) if normalize else 16) <= RECURRENT_STATE
+
+
+def causal_linear_attention_recurrent(q, k, v, decay, state, final, feature_map, normalize, eps, block):
+    """o, and the state to `final`, which may be `state`; either may be None. One token after the other."""
+    B, N, H, D = q.shape
+    kv_heads, E = v.shape[2:]
+    o = torch.empty((B, N, H, E), dtype=q.dtype, device=q.device)
+    if o.numel() == 0:
+        if final is not None and final is not state:
+            final.copy_(state) if state is not None else final.zero_()
+        return o
+    decay = _steps_first(decay, B, N // block)
+    BD, BE = _padded(D), _padded(E)
+    if not normalize:
+        # columns of the state are independent: more programs read it sooner
+        BE = min(BE, max(16, 2048 // BD))
+    some = o if state is None else state
+    with _on_device(q):
+        causal_linear_attention_recurrent_kernel[(B * kv_heads, _cdiv(E, BE))](
+            q, k, v, q if decay is None else decay, some, some if final is None else final, o,
+            *q.stride(), *k.stride(), *v.stride(), *((0,) * 4 if decay is None else decay.stride()),
+            N // block, block, kv_heads, H // kv_heads, eps, D=D, E=E, BD=BD, BE=BE, MAP=feature_map,
+            DECAY=0 if decay is None else 1 if decay.shape[3] == 1 else 2, NORM=normalize,
+            INIT=state is not None, SAVE=final is not None, num_warps=4 if BD * BE <= 8192 else 8,
+        )  # fmt: skip
+    return o
+
+
+def causal_linear_attention_bwd(
+    grad, grad_state, q, k, v, decay, state, final, residual, inverse, out, feature_map, normalize, eps, block, rate
+):
+    """(dq, dk, dv, dg, dstate) from the gradients of o and of the last state, which may be None.
+
+    dg is None unless `rate`, dstate unless there is a `state`. final: the last state, needed with both `rate` and
+    `grad_state`. residual, inverse, out: what the forward returned, needed with `normalize`.
+    """
+    B, N, H, D = q.shape
+    kv_heads, E = v.shape[2:]
+    group = H // kv_heads
+    steps = N // block
+    g = _steps_first(decay, B, steps)
+    a, b, weigh = None, None, 0
+    if normalize:
+        a, b, weigh = inverse, _quotient(grad, out, residual, inverse), 1
+    common = dict(decay=g, block=block, eps=eps, a=a)
+    rate = rate and decay is not None
+    per_head = torch.float32 if group > 1 else q.dtype
+
+    S = z = dS = dz = None
+    if state is not None:
+        S, z = split_state(state, D, E)
+    if grad_state is not None:
+        # each query head carries a gradient of the state on; the heads of a group add up, so one takes it all
+        grad_state = grad_state.float()
+        if group > 1:
+            grad_state = torch.cat((grad_state.unsqueeze(2), grad_state.new_zeros(B, kv_heads, group - 1, 1).expand(
+                -1, -1, -1, grad_state.shape[-1])), 2).flatten(1, 2)  # fmt: skip
+        dS, dz = split_state(grad_state, D, E)
+
+    dq, _, _, r = _walk(
+        grad, v, k, decay_on="values", maps=(None, None, feature_map), x=q, map_x=feature_map, weigh=weigh, b=b,
+        rate=rate, init=None if S is None else _join(_states(S, True), z), **common,
+    )  # fmt: skip
+    back = dict(flip=True, post=True, **common)
+    weigh = 2 if normalize else 0
+    first_S = first_tail = None
+    if state is not None:
+        first_S = torch.empty((B, H, D * E), dtype=torch.float32, device=q.device)
+        if normalize:
+            first_tail = torch.empty((B, H, E * D + D), dtype=torch.float32, device=q.device)
+    dk, _, _, s = _walk(
+        v, grad, q, decay_on="values", maps=(None, None, feature_map), x=k, map_x=feature_map, out_dtype=per_head,
+        weigh=weigh, b=b, rate=rate, init=None if dS is None else _join(_states(dS, True), dz), final=first_tail,
+        **back,
+    )  # fmt: skip
+    dv, _, _, _ = _walk(
+        k, q, grad, maps=(feature_map, feature_map, None), out_dtype=per_head, weigh=weigh,
+        init=None if dS is None else _states(dS).contiguous(), final=first_S, **back,
+    )  # fmt: skip
+    if group > 1:
+        dk, dv = (x.unflatten(2, (kv_heads, group)).sum(3).to(q.dtype) for x in (dk, dv))
+    dstate = None
+    if state is not None:
+        dstate = first_S if first_tail is None else torch.cat((first_S, first_tail[..., E * D :]), -1)
+        if group > 1:
+            dstate = dstate.unflatten(1, (kv_heads, group)).sum(2)
+    dg = None
+    if rate:
+        dg = _decay_gradient(r, s, final, grad_state, D, E, decay, kv_heads, steps)
+    return dq, dk, dv, dg, dstate
+
+
+def _quotient(grad, out, residual, inverse):
+    B, N, H, E = out.shape
+    b = torch.empty_like(inverse)
+    if b.numel() == 0 or E == 0:
+        return b.zero_()
+    BE = _padded(E)
+    BN = max(1, 4096 // BE)
+    with _on_device(out):
+        causal_linear_attention_quotient_kernel[(B * H, _cdiv(N, BN))](
+            grad, out, residual, inverse, b, *grad.stride(), N, H, E=E, BE=BE, BN=BN,
+            RESIDUAL=2 if residual.numel() else 1, num_warps=4,
+        )  # fmt: skip
+    return b
+
+
+def _decay_gradient(r, s, final, grad_state, D, E, decay, kv_heads, steps):
+    channels = decay.dim() == 4
+    if not channels:
+        r, s = r.sum(0).unsqueeze(-1), s.sum(0).unsqueeze(-1)  # (B, N, H, 1)
+    B, N, H, C = r.shape
+    if not channels:
+        # small: sums over all tokens of differences, whose size they do not have
+        r, s = r.double(), s.double()
+    dg = (r - s).reshape(B, steps, N // steps if steps else 1, kv_heads, H // kv_heads, C).sum((2, 4))
+    if grad_state is not None:
+        if H > kv_heads:
+            grad_state = grad_state.unflatten(1, (kv_heads, -1)).sum(2)
+        S, z = split_state(final * grad_state, D, E)
+        last = S.sum(-1) if z is None else S.sum(-1) + z  # (B, Hkv, D)
+        dg = torch.cat((dg[:, :-1], dg[:, -1:] + (last if channels else last.sum(-1, keepdim=True)).unsqueeze(1)), 1)
+    dg = dg.flip(1).cumsum(1).flip(1)
+    if not channels:
+        dg = dg.squeeze(-1)
+    if decay.dim() == 1:
+        dg = dg.sum((0, 1))
+    return dg.to(decay.dtype)

@@ -1,0 +1,179 @@
+"""Small kernels: the states before segments from those of segments, few tokens one by one, a quotient's gradient."""
+
+import triton
+import triton.language as tl
+
+from diffattn.kernels.causal_linear_attention.triton_tiles import limit_decay
+from diffattn.kernels.linear_attention.triton_tiles import map_elements
+
+
+@triton.jit(do_not_specialize=["n_segments"])
+def causal_linear_attention_scan_kernel(
+    p_parts,
+    p_total,
+    p_in,
+    p_out,
+    n_segments,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    SIZE: tl.constexpr,
+    DECAY: tl.constexpr,
+    INIT: tl.constexpr,
+    SAVE: tl.constexpr,
+    BX: tl.constexpr,
+):
+    """Replace what each segment adds to the state by the state before it, and write the last one to p_out.
+
+    p_total holds the sums of g: a number a segment (DECAY 1), or one for each key (2) or value feature (3).
+    """
+    i_head = tl.program_id(0).to(tl.int64)
+    o_x = tl.program_id(1) * BX + tl.arange(0, BX)
+    m_x = o_x < SIZE
+    if DECAY == 2:
+        o_g = tl.where(o_x < D * E, o_x // E, o_x - D * E)
+    elif DECAY == 3:
+        o_g = tl.where(o_x < D * E, o_x % E, o_x - D * E)
+    else:
+        o_g = o_x * 0
+    N_G: tl.constexpr = D if DECAY == 2 else (E if DECAY == 3 else 1)
+    state = tl.zeros((BX,), tl.float32)
+    if INIT:
+        state = tl.load(p_in + i_head * SIZE + o_x, mask=m_x, other=0.0)
+    for i_s in range(n_segments):
+        i_part = i_head * n_segments + i_s
+        part = tl.load(p_parts + i_part * SIZE + o_x, mask=m_x, other=0.0)
+        tl.store(p_parts + i_part * SIZE + o_x, state, mask=m_x)
+        if DECAY:
+            state *= tl.exp(tl.load(p_total + i_part * N_G + o_g, mask=m_x, other=0.0))
+        state += part
+    if SAVE:
+        tl.store(p_out + i_head * SIZE + o_x, state, mask=m_x)
+
+
+@triton.jit(do_not_specialize=["steps", "block", "n_heads", "group"])
+def causal_linear_attention_recurrent_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_g,
+    p_in,
+    p_out,
+    p_o,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_kd,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_vd,
+    stride_gb,
+    stride_gn,
+    stride_gh,
+    stride_gd,
+    steps,
+    block,
+    n_heads,
+    group,
+    eps,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+    MAP: tl.constexpr,
+    DECAY: tl.constexpr,
+    NORM: tl.constexpr,
+    INIT: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """The recurrence as written, one token after the other, for one key/value head and its `group` query heads.
+
+    A program owns columns of S, so p_in and p_out may be the same; with NORM it owns all of them, and z.
+    DECAY: 1 a number a step, 2 one for each key feature. `n_heads` counts key/value heads.
+    """
+    i_b, i_h = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
+    o_d = tl.arange(0, BD)
+    o_e = tl.program_id(1) * BE + tl.arange(0, BE)
+    m_d, m_e = o_d < D, o_e < E
+    m_s = m_d[:, None] & m_e[None, :]
+    PAD: tl.constexpr = float("-inf") if MAP == "elu1" else 0.0
+    SIZE: tl.constexpr = D * E + (D if NORM else 0)
+    r_state = tl.program_id(0).to(tl.int64) * SIZE + o_d[:, None] * E + o_e[None, :]
+    r_z = tl.program_id(0).to(tl.int64) * SIZE + D * E + o_d
+    state, z = tl.zeros((BD, BE), tl.float32), tl.zeros((BD,), tl.float32)
+    if INIT:
+        state = tl.load(p_in + r_state, mask=m_s, other=0.0)
+        if NORM:
+            z = tl.load(p_in + r_z, mask=m_d, other=0.0)
+    p_q += i_b.to(tl.int64) * stride_qb
+    p_k += i_b.to(tl.int64) * stride_kb + i_h.to(tl.int64) * stride_kh
+    p_v += i_b.to(tl.int64) * stride_vb + i_h.to(tl.int64) * stride_vh
+    p_g += i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
+    for i_t in range(steps):
+        if DECAY == 1:
+            kept = tl.exp(limit_decay(tl.load(p_g + tl.cast(i_t, tl.int64) * stride_gn)))
+            state, z = state * kept, z * kept
+        if DECAY == 2:
+            b_g = tl.load(p_g + tl.cast(i_t, tl.int64) * stride_gn + o_d * stride_gd, mask=m_d, other=0.0)
+            kept = tl.exp(limit_decay(b_g))
+            state, z = state * kept[:, None], z * kept
+        for i_m in range(block):
+            token = tl.cast(i_t, tl.int64) * block + i_m
+            b_k = map_elements(tl.load(p_k + token * stride_kn + o_d * stride_kd, mask=m_d, other=PAD), MAP)
+            b_v = tl.load(p_v + token * stride_vn + o_e * stride_vd, mask=m_e, other=0.0).to(tl.float32)
+            state += b_k[:, None] * b_v[None, :]
+            z += b_k
+        for i_m in range(block):
+            token = tl.cast(i_t, tl.int64) * block + i_m
+            for i_g in range(group):
+                head = (i_h * group + i_g).to(tl.int64)
+                b_q = tl.load(p_q + token * stride_qn + head * stride_qh + o_d * stride_qd, mask=m_d, other=PAD)
+                b_q = map_elements(b_q, MAP)
+                o = tl.sum(b_q[:, None] * state, 0)
+                if NORM:
+                    o /= tl.sum(b_q * z, 0) + eps
+                row = ((i_b.to(tl.int64) * steps * block + token) * n_heads * group + head) * E
+                tl.store(p_o + row + o_e, o.to(p_o.dtype.element_ty), mask=m_e)
+    if SAVE:
+        tl.store(p_out + r_state, state, mask=m_s)
+        if NORM:
+            tl.store(p_out + r_z, z, mask=m_d)
+
+
+@triton.jit(do_not_specialize=["N", "n_heads"])
+def causal_linear_attention_quotient_kernel(
+    p_grad,
+    p_o,
+    p_residual,
+    p_inverse,
+    p_b,
+    stride_gb,
+    stride_gn,
+    stride_gh,
+    stride_ge,
+    N,
+    n_heads,
+    E: tl.constexpr,
+    BE: tl.constexpr,
+    BN: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """The gradient of the denominator, -(g_n . o_n) / d_n. o comes in two parts: rounded, it would be off by more than
+    what is left where this nearly cancels with the numerator's gradient."""
+    i_b, i_h = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
+    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    o_e = tl.arange(0, BE)
+    m_n = o_n < N
+    m = m_n[:, None] & (o_e < E)[None, :]
+    rows = (i_b.to(tl.int64) * N + o_n) * n_heads + i_h
+    p_grad += i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
+    grad = tl.load(p_grad + o_n.to(tl.int64)[:, None] * stride_gn + o_e[None, :] * stride_ge, mask=m, other=0.0)
+    o = tl.load(p_o + rows[:, None] * E + o_e[None, :], mask=m, other=0.0).to(tl.float32)
+    if RESIDUAL == 2:
+        o += tl.load(p_residual + rows[:, None] * E + o_e[None, :], mask=m, other=0.0).to(tl.float32)
+    inverse = tl.load(p_inverse + rows, mask=m_n, other=0.0)
+    tl.store(p_b + rows, -tl.sum(grad.to(tl.float32) * o, 1) * inverse, mask=m_n)

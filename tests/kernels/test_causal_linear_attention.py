@@ -1,0 +1,444 @@
+"""Causal linear attention: the oracle is the recurrence in float64 on the same rounded inputs."""
+
+import math
+
+import pytest
+import torch
+
+from diffattn import config
+from diffattn.kernels import causal_linear_attention, linear_attention
+from diffattn.kernels.causal_linear_attention import LinearState, causal_linear_attention_reference
+
+# relative Frobenius errors; rounding the output alone costs 1.7e-3, 2.1e-4 and 3e-8
+BUDGET = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
+on_gpu = torch.cuda.is_available()
+gpu = pytest.mark.gpu
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu)]
+DECAYS = (None, "head", "token", "channel")
+NAMES = ("o", "state", "dq", "dk", "dv", "ddecay", "dstate")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make_inputs(
+    device, dtype, *, B=1, N=40, H=2, Hkv=None, D=16, E=None, block=1, decay=None, strength=2.0, state=True,
+    normalize=True, feature_map=None,
+):  # fmt: skip
+    """(q, k, v, decay, state)"""
+    Hkv, E = Hkv or H, E or D
+    q, k, v = (torch.randn(s, device=device, dtype=dtype) for s in ((B, N, H, D), (B, N, Hkv, D), (B, N, Hkv, E)))
+    if normalize and feature_map is None:
+        q, k = q.abs(), k.abs()
+    shape = {None: None, "head": (Hkv,), "token": (B, N // block, Hkv), "channel": (B, N // block, Hkv, D)}[decay]
+    g = None if shape is None else -strength * torch.rand(shape, device=device)
+    size = D * E + (D if normalize else 0)
+    return q, k, v, g, torch.rand(B, Hkv, size, device=device) if state else None
+
+
+def run(f, inputs, grads, **options):
+    """[o, state, dq, dk, dv, ddecay, dstate], without those of inputs that are None."""
+    inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    outputs = f(*inputs, **options)
+    given = [x for x in inputs if x is not None]
+    return [x.detach() for x in outputs] + list(torch.autograd.grad(outputs, given, grads))
+
+
+def kernel(q, k, v, decay, state, **options):
+    return causal_linear_attention(q, k, v, decay=decay, state=state, return_state=True, **options)
+
+
+def reference(q, k, v, decay, state, form="recurrent", **options):
+    return causal_linear_attention_reference(q, k, v, decay=decay, state=state, form=form, **options)
+
+
+def assert_close(actual, expected, dtype, names=NAMES):
+    for name, a, e in zip(names, actual, expected, strict=True):
+        assert a.shape == e.shape, name
+        assert a.isfinite().all(), name
+        error = (a.double() - e).norm() / e.norm().clamp_min(1e-30)
+        assert error <= BUDGET[dtype], f"{name}: relative error {error:.2e}"
+
+
+def check(*inputs, feature_map=None, normalize=True, **options):
+    """Outputs and all gradients of the kernels against the recurrence in float64."""
+    q, _, v, decay, state = inputs
+    options = dict(block=1) | options | dict(feature_map=feature_map, normalize=normalize, eps=1e-6)
+    size = q.shape[3] * v.shape[3] + (q.shape[3] if normalize else 0)
+    grads = (
+        torch.randn(*q.shape[:3], v.shape[3], device=q.device, dtype=q.dtype),
+        torch.randn(q.shape[0], v.shape[2], size, device=q.device),
+    )
+    actual = run(kernel, inputs, grads, **options)
+    doubles = [None if x is None else x.double() for x in inputs]
+    expected = run(reference, doubles, [x.double() for x in grads], **options)
+    if decay is not None and decay.dim() == 1:
+        actual[5], expected[5] = with_size_of_terms(actual[5], expected[5], doubles, grads, options)
+    names = [n for n in NAMES if (n != "ddecay" or decay is not None) and (n != "dstate" or state is not None)]
+    assert_close(actual, expected, q.dtype, names)
+    assert actual[0].dtype == actual[2].dtype == q.dtype
+    assert actual[1].dtype == torch.float32
+    return actual
+
+
+def with_size_of_terms(actual, expected, doubles, grads, options):
+    """The gradient of a head's decay is a sum over all steps, which nearly cancels: errors count beside its terms."""
+    q, k, v, decay, state = doubles
+    each_step = decay.expand(q.shape[0], q.shape[1] // options["block"], -1)
+    terms = run(reference, (q, k, v, each_step, state), [x.double() for x in grads], **options)[5]
+    size = terms.abs().sum((0, 1))
+    return (actual - expected + size), size
+
+
+# The reference, against code that is not ours and against itself
+
+
+def written_out(q, k, v, decay, state, feature_map, normalize, block, eps):
+    """Pair by pair, in plain loops: the weights of the equation, one at a time."""
+    B, N, H, D = q.shape
+    kv_heads, E = v.shape[2:]
+    if feature_map is not None:
+        phi = {"relu": torch.relu, "elu1": lambda x: torch.nn.functional.elu(x) + 1}[feature_map]
+        q, k = phi(q), phi(k)
+    g = torch.zeros(B, N // block, kv_heads, D, dtype=q.dtype)
+    if decay is not None:
+        g = g + {1: lambda x: x[None, None, :, None], 3: lambda x: x[..., None], 4: lambda x: x}[decay.dim()](decay)
+    o = q.new_zeros(B, N, H, E)
+    for b in range(B):
+        for h in range(H):
+            j = h // (H // kv_heads)
+            S, z = state[b, j, : D * E].view(D, E), state[b, j, D * E :]
+            for n in range(N):
+                t = n // block
+                seen = g[b, : t + 1, j].sum(0).exp()
+                numerator = (q[b, n, h] * seen) @ S
+                denominator = (q[b, n, h] * seen) @ z if normalize else 1.0
+                for m in range((t + 1) * block):
+                    weight = (q[b, n, h] * k[b, m, j] * g[b, m // block + 1 : t + 1, j].sum(0).exp()).sum()
+                    numerator = numerator + weight * v[b, m, j]
+                    denominator = denominator + weight if normalize else denominator
+                o[b, n, h] = numerator / (denominator + eps) if normalize else numerator
+    return o
+
+
+@pytest.mark.parametrize("form", ["recurrent", "parallel", "chunkwise"])
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_reference_is_the_equation(decay, block, form):
+    for normalize, feature_map in ((True, "elu1"), (False, None)):
+        options = dict(feature_map=feature_map, normalize=normalize, block=block, eps=1e-3)
+        inputs = make_inputs(
+            "cpu", torch.float64, N=6, H=2, Hkv=1, D=3, E=2, block=block, decay=decay, normalize=normalize
+        )
+        inputs = [None if x is None else x.double() for x in inputs]
+        out, _ = reference(*inputs, form=form, **options)
+        torch.testing.assert_close(out, written_out(*inputs, **options))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("block", [1, 5])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_forms_of_the_reference_are_equal(decay, block, normalize):
+    inputs = make_inputs(
+        "cpu", torch.float64, B=2, N=150, H=4, Hkv=2, D=5, E=3, block=block, decay=decay, normalize=normalize
+    )
+    inputs = [None if x is None else x.double() for x in inputs]
+    grads = torch.randn(2, 150, 4, 3).double(), torch.randn_like(inputs[4])
+    expected = run(reference, inputs, grads, block=block, normalize=normalize)
+    for form in ("parallel", "chunkwise"):
+        actual = run(reference, inputs, grads, block=block, normalize=normalize, form=form)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+def test_reference_is_retention():
+    """RetNet, eq. 5: (Q K^T * D) V with D_nm = gamma^(n - m)."""
+    q, k, v = (torch.randn(1, 9, 2, 4, dtype=torch.float64) for _ in range(3))
+    gamma = torch.tensor([0.9, 0.5], dtype=torch.float64)
+    n = torch.arange(9)
+    mask = (gamma[:, None, None] ** (n[:, None] - n[None, :])).tril()
+    expected = torch.einsum("bnhd,bmhd,hnm,bmhe->bnhe", q, k, mask, v)
+    for form in ("parallel", "chunkwise", "recurrent"):
+        actual = causal_linear_attention(q, k, v, normalize=False, decay=gamma.log(), form=form)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_one_frame_of_all_tokens_sees_everything():
+    q, k, v = (torch.randn(2, 12, 2, 4, dtype=torch.float64) for _ in range(3))
+    expected = linear_attention(q, k, v, feature_map="relu")
+    torch.testing.assert_close(causal_linear_attention(q, k, v, feature_map="relu", block=12), expected)
+
+
+def test_gradients_of_the_reference():
+    for decay in ("token", "channel"):
+        inputs = make_inputs("cpu", torch.float64, N=4, H=2, Hkv=1, D=2, decay=decay)
+        inputs = [x.double().requires_grad_() for x in inputs]
+        assert torch.autograd.gradcheck(lambda *x: reference(*x, form="parallel", eps=1e-3), inputs)
+
+
+# The kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [1, 10])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_decays(decay, block, dtype, device, triton_backend):
+    feature_map, normalize = ("elu1", True) if dtype == torch.float32 else (None, False)
+    inputs = make_inputs(
+        device, dtype, N=30 if decay == "channel" else 40, H=2, Hkv=1, D=12, E=20, block=block, decay=decay,
+        normalize=normalize, feature_map=feature_map,
+    )  # fmt: skip
+    check(*inputs, feature_map=feature_map, normalize=normalize, block=block)
+
+
+@pytest.mark.parametrize(("decay", "block"), [(None, 1), ("token", 1), ("channel", 1), ("token", 7)])
+def test_segments(decay, block, device, triton_backend, monkeypatch):
+    """Cut among programs, the same; with heads of their own a state need not be passed on by the scan alone."""
+    from diffattn.kernels.causal_linear_attention import triton
+
+    monkeypatch.setattr(triton, "_segments", lambda launch, heads, steps, device: -(-steps // -(-steps // 3)))
+    H, Hkv = (2, 1) if decay == "token" else (1, 1)
+    N = 49 if block == 7 else 70 if decay != "channel" else 40
+    inputs = make_inputs(device, torch.float32, N=N, H=H, Hkv=Hkv, D=8, block=block, decay=decay, feature_map="relu")
+    check(*inputs, feature_map="relu", block=block)
+
+
+@pytest.mark.parametrize(("D", "E"), [(4, 4), (5, 40), (72, 20), (128, 130), (256, 16), (16, 256)])
+@pytest.mark.parametrize("decay", [None, "token", "channel"])
+def test_head_dims(D, E, decay, device, triton_backend):
+    if decay == "channel" and not on_gpu and max(D, E) > 128:
+        pytest.skip("slow in the interpreter")
+    inputs = make_inputs(device, torch.float32, N=20, H=1, D=D, E=E, decay=decay)
+    check(*inputs)
+
+
+@pytest.mark.parametrize("N", [1, 2, 15, 64, 65])
+def test_lengths(N, device, triton_backend):
+    check(*make_inputs(device, torch.float16, N=N, H=1, D=8, decay="token"))
+
+
+@pytest.mark.parametrize("decay", ["token", "channel"])
+@pytest.mark.parametrize("strength", [1e-3, 20.0, 1e4])
+def test_weak_and_strong_decay(strength, decay, device, triton_backend):
+    """Decays of a hundred orders of magnitude beside weak ones: no overflow, and the weak ones stay exact."""
+    inputs = make_inputs(device, torch.float32, N=40, H=1, D=8, decay=decay, strength=strength)
+    inputs[3][:, ::3] *= 1e-4
+    check(*inputs)
+
+
+@pytest.mark.parametrize("decay", ["token", "channel"])
+def test_everything_forgotten(decay, device, triton_backend):
+    """exp(-inf) = 0: what comes before a reset changes nothing after it."""
+    q, k, v, g, state = make_inputs(device, torch.float32, N=30, H=1, D=8, decay=decay)
+    g[:, 11] = -math.inf
+    whole = causal_linear_attention(q, k, v, decay=g, state=state)
+    later = causal_linear_attention(q[:, 11:], k[:, 11:], v[:, 11:], decay=g[:, 11:])
+    assert whole.isfinite().all()
+    torch.testing.assert_close(whole[:, 11:], later, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=gpu)])
+def test_recurrent_kernel(dtype, decay, device, triton_backend):
+    for normalize, block in ((True, 1), (False, 3)):
+        inputs = make_inputs(
+            device, dtype, B=2, N=6, H=4, Hkv=2, D=20, E=12, block=block, decay=decay, normalize=normalize
+        )
+        options = dict(normalize=normalize, block=block)
+        with torch.no_grad():
+            o, state = kernel(*inputs, form="recurrent", **options)
+            expected = reference(*(None if x is None else x.double() for x in inputs), **options)
+        assert_close((o, state), expected, dtype, ("o", "state"))
+
+
+@pytest.mark.parametrize("N", [3, 40])
+def test_state_is_updated_in_place(N, device, triton_backend):
+    """A LinearState and a tensor give the same; the tensor stays as it was."""
+    q, k, v, g, given = make_inputs(device, torch.float32, B=2, N=N, H=2, Hkv=1, D=8, decay="token")
+    state = LinearState(2, 1, 8, device=device)
+    state.tensor.copy_(given)
+    before, place = given.clone(), state.tensor.data_ptr()
+    o, after = kernel(q, k, v, g, state)
+    expected, expected_after = kernel(q, k, v, g, given)
+    assert after is state
+    assert state.tensor.data_ptr() == place
+    assert torch.equal(o, expected)
+    assert torch.equal(state.tensor, expected_after)
+    assert torch.equal(given, before)
+    # with gradients the state takes part as a constant
+    state.tensor.copy_(given)
+    o = causal_linear_attention(q.requires_grad_(), k, v, decay=g, state=state)
+    assert_close((o, state.tensor), (expected.double(), expected_after.double()), torch.float32, ("o", "state"))
+    assert not state.tensor.requires_grad
+    o.sum().backward()
+    assert q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_piecewise_is_the_whole(decay, backend, device, monkeypatch):
+    monkeypatch.setattr(config, "backend", backend)
+    q, k, v, g, _ = make_inputs(device, torch.float32, B=2, N=33, H=2, Hkv=1, D=8, decay=decay, strength=0.3)
+    whole = causal_linear_attention(q, k, v, decay=g)
+    for pieces in ([1] * 3 + [30], [3, 7, 1, 22]):
+        state, outs, first = LinearState(2, 1, 8, device=device), [], 0
+        for n in pieces:
+            part = slice(first, first + n)
+            piece = g if g is None or g.dim() == 1 else g[:, part]
+            outs.append(causal_linear_attention(q[:, part], k[:, part], v[:, part], decay=piece, state=state))
+            first += n
+        error = (torch.cat(outs, 1) - whole).norm() / whole.norm()
+        assert error <= 1e-5
+
+
+@pytest.mark.parametrize("decay", ["token", "channel"])
+def test_strides(decay, device, triton_backend):
+    """Slices, transposes and expanded gradients, as they come from projections."""
+    qkv = torch.randn(1, 20, 3, 2, 24, device=device).abs()
+    q, k, v = (x[..., 4:20] for x in qkv.unbind(2))
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    g = -torch.rand(1, 2, 20, *([16] if decay == "channel" else []), device=device).transpose(1, 2)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, g)]
+    o = causal_linear_attention(*inputs[:3], decay=inputs[3])
+    actual = [o, *torch.autograd.grad(o.sum(), inputs)]
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    o, _ = reference(*doubles, None)
+    expected = [o, *torch.autograd.grad(o.sum(), doubles)]
+    # the gradient of a sum of weighted means, dq and dk are small differences: held to the size of dv
+    torch.testing.assert_close(actual, [x.float() for x in expected], rtol=1e-4, atol=1e-4)
+
+
+def test_same_bits(device, triton_backend):
+    inputs = make_inputs(device, torch.float16, N=40, H=2, D=8, decay="token")
+    grads = torch.randn(1, 40, 2, 8, device=device).half(), torch.randn(1, 2, 72, device=device)
+    first, second = (run(kernel, inputs, grads) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("decay", "normalize"), [(None, False), ("token", True)])
+def test_opcheck(decay, normalize, device, triton_backend):
+    q, k, v, g, state = make_inputs(device, torch.float16, N=4, H=2, Hkv=1, D=8, decay=decay, normalize=normalize)
+    options = (None, normalize, 1e-6, 1)
+    inputs = [None if x is None else x.requires_grad_() for x in (q, k, v, g, state)]
+    torch.library.opcheck(torch.ops.diffattn.causal_linear_attention.default, (*inputs, *options))
+    q, k, v, g, state = (None if x is None else x.detach() for x in inputs)
+    step = torch.ops.diffattn.causal_linear_attention_step.default
+    torch.library.opcheck(step, (q, k, v, g, state, *options, True))
+    torch.library.opcheck(torch.ops.diffattn.causal_linear_attention_inference.default, (q, k, v, g, *options, False))
+    outputs = torch.ops.diffattn.causal_linear_attention(q, k, v, g, state, *options)
+    out, final, residual, inverse = outputs
+    torch.library.opcheck(
+        torch.ops.diffattn.causal_linear_attention_backward.default,
+        (out, final, q, k, v, g, state, final, residual, inverse, out, *options, g is not None),
+    )
+
+
+def test_compiles_to_one_graph(device, triton_backend):
+    f = torch.compile(kernel, backend="aot_eager", fullgraph=True, dynamic=True)
+    for N in (20, 33):
+        inputs = make_inputs(device, torch.float32, N=N, H=1, D=8, decay="token")
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(f(*inputs), kernel(*inputs), strict=True))
+
+
+# The state
+
+
+def test_state_object(device):
+    state = LinearState(2, 3, 4, 5, device=device)
+    assert state.tensor.shape == (2, 3, 24)
+    assert state.tensor.dtype == torch.float32
+    state.S[1, 2, 3, 4] = 7
+    state.z[1, 2, 3] = 8
+    assert state.tensor[1, 2, 19] == 7
+    assert state.tensor[1, 2, 23] == 8
+    copy, place = state.clone(), state.tensor.data_ptr()
+    state.reset()
+    assert not state.tensor.any()
+    assert state.tensor.data_ptr() == place
+    assert copy.tensor[1, 2, 19] == 7
+    assert LinearState(2, 3, 4, normalize=False).z is None
+
+
+class CountAllocations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Elements of the tensors that operators bring into being."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        made = f(*args, **kwargs or {})
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known:
+                self.sizes.append(x.numel())
+        return made
+
+
+def test_a_frame_allocates_its_output_alone(device, triton_backend, monkeypatch):
+    from diffattn.kernels.causal_linear_attention import triton
+
+    made = []
+    empty = torch.empty
+    monkeypatch.setattr(triton.torch, "empty", lambda *a, **k: made.append(a) or empty(*a, **k))
+    q, k, v, _, _ = make_inputs(device, torch.float32, B=2, N=1, H=2, D=8)
+    decay, state = -torch.rand(2, device=device), LinearState(2, 2, 8, device=device)
+    with torch.no_grad():
+        causal_linear_attention(q, k, v, decay=decay, state=state)
+        made.clear()
+        with CountAllocations() as count:
+            for _ in range(5):
+                torch.ops.diffattn.causal_linear_attention_step(
+                    q, k, v, decay, state.tensor, None, True, 1e-6, 1, True
+                )
+    assert len(made) == 5
+    assert [math.prod(shape) for shape, *_ in made] == [q.numel()] * 5
+    assert count.sizes == [q.numel()] * 5
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(feature_map="softmax"), "feature_map: got 'softmax'"),
+        (dict(form="wavefront"), "form: got 'wavefront'"),
+        (dict(eps=-1.0), "eps: got -1.0"),
+        (dict(eps="small"), "eps: got str"),
+        (dict(block=0), "block: got 0"),
+        (dict(block=3), "expected a divisor of the 8 tokens"),
+        (dict(decay=torch.tensor([-1.0, 0.5])), "decay: got 0.5, expected 0 or less"),
+        (dict(decay=-torch.ones(3)), r"decay: got shape \(3,\)"),
+        (dict(decay=-torch.ones(1, 8, 2), block=2), r"decay: got shape \(1, 8, 2\), expected one of"),
+        (dict(decay=-1.0), "decay: got float"),
+        (dict(decay=torch.tensor([-1, -1])), "decay: got torch.int64"),
+        (dict(k=torch.randn(1, 7, 2, 4), v=torch.randn(1, 7, 2, 4)), "k: got 7 tokens, expected 8"),
+        (dict(state=torch.zeros(3, 2, 20)), "state: made for a batch of 3, and q has a batch of 1"),
+        (dict(state=torch.zeros(1, 2, 16)), r"state: got shape \(1, 2, 16\), expected \(1, 2, 20\)"),
+        (dict(state=torch.zeros(1, 2, 20).half()), "state: got torch.float16"),
+        (dict(state=torch.zeros(1, 2, 20, device="meta")), "state: on meta"),
+        (dict(state=torch.zeros(1, 20, 2).transpose(1, 2)), "state: got strides"),
+        (dict(state=LinearState(2, 2, 4)), "state: made for a batch of 2"),
+        (dict(state=LinearState(1, 2, 5)), "state: made for D = 5"),
+        (dict(state=LinearState(1, 2, 4, normalize=False)), "state: made with normalize=False"),
+        (dict(state=[1]), "state: got list"),
+    ],
+)
+def test_bad_input(change, message):
+    q, k, v = (torch.randn(1, 8, 2, 4) for _ in range(3))
+    with pytest.raises((TypeError, ValueError), match=message):
+        causal_linear_attention(**(dict(q=q, k=k, v=v) | change))
+
+
+def test_a_refused_call_leaves_the_state():
+    q, k, v = (torch.randn(1, 8, 2, 4) for _ in range(3))
+    state = LinearState(1, 2, 4)
+    causal_linear_attention(q, k, v, state=state)
+    before = state.tensor.clone()
+    with pytest.raises(ValueError, match="decay"):
+        causal_linear_attention(q, k, v, state=state, decay=torch.tensor([0.1, 0.0]))
+    assert torch.equal(state.tensor, before)
