@@ -280,7 +280,7 @@ def _compare(path: Path, model, inputs, fixed, axes, say) -> None:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     wrong = []
     for i, sizes in enumerate(_other_sizes(inputs, axes)):
-        fresh = _resized(inputs, axes, sizes, seed=i)
+        fresh = resized(inputs, axes, sizes, seed=i)
         what = ", ".join(f"{axis} {size}" for axis, size in sizes.items()) or "the traced sizes"
         expected = model(**_unflatten(fresh, fresh.values()), **fixed, return_dict=False)[0].cpu()
         try:
@@ -322,7 +322,7 @@ def _other_sizes(inputs, axes) -> list[dict[str, int]]:
     return choices
 
 
-def _resized(inputs, axes, sizes, seed: int) -> dict[Key, Tensor]:
+def resized(inputs, axes, sizes, seed: int) -> dict[Key, Tensor]:
     """Tensors of other sizes, with numbers like those of the samples."""
     generator = torch.Generator().manual_seed(seed)
     fresh = {}

@@ -174,7 +174,6 @@ def is_autoencoder(model: nn.Module) -> bool:
 
 
 def models_of(target: Any) -> dict[str, nn.Module]:
-    """A pipeline's models by their names; a bare model by ""."""
-    if isinstance(target, nn.Module):
-        return {"": target}
-    return {name: c for name, c in target.components.items() if isinstance(c, nn.Module)}
+    """A pipeline's models by their names; a bare model by "". Of torch.compile(model), the model."""
+    named = {"": target} if isinstance(target, nn.Module) else target.components
+    return {name: getattr(c, "_orig_mod", c) for name, c in named.items() if isinstance(c, nn.Module)}

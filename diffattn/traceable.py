@@ -34,6 +34,10 @@ class Traceable(nn.Module):
         self.model = model
         self.train(model.training)
 
+    def __call__(self, *args, **kwargs):
+        _refuse_stock(self.model)  # unpatched since
+        return super().__call__(*args, **kwargs)
+
     def result(self, sample: Tensor, return_dict: bool):
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 

@@ -76,8 +76,8 @@ def proportional_scale(attn, q: Tensor, base_length: int | None) -> tuple[Tensor
     length = q.shape[1]
     if base_length is None:
         return q, None
-    if not exporting():
+    if not (torch.compiler.is_compiling() or exporting()):
         return q, math.sqrt(math.log(length, base_length)) * attn.scale
-    # Python's logarithm would bake the length of the trace into the graph.
+    # Python's logarithm would bake the length into the graph: an export of one length, a new graph for each.
     sharper = (torch.scalar_tensor(length, device=q.device).log() / math.log(base_length)).sqrt()
     return q * sharper.to(q.dtype), attn.scale
