@@ -5,7 +5,11 @@ key/value heads are never repeated.
 """
 
 from diffattn.kernels._backend import exporting
-from diffattn.kernels.causal_linear_attention import LinearState, causal_linear_attention
+from diffattn.kernels.causal_linear_attention import (
+    LinearState,
+    bidirectional_linear_attention,
+    causal_linear_attention,
+)
 from diffattn.kernels.gqa_attention import gqa_attention
 from diffattn.kernels.linear_attention import linear_attention
 from diffattn.kernels.qk_norm_rope import Rotary, apply_rotary, qk_norm_rope
@@ -14,6 +18,7 @@ __all__ = [
     "LinearState",
     "Rotary",
     "apply_rotary",
+    "bidirectional_linear_attention",
     "causal_linear_attention",
     "exporting",
     "gqa_attention",

@@ -1,6 +1,6 @@
 """Compile kernels for a GPU that is not there: what Triton's interpreter runs, its compiler may refuse.
 
-python tests/kernels/compile_for_gpu.py linear|gqa|causal       without TRITON_INTERPRET
+python tests/kernels/compile_for_gpu.py linear|gqa|causal|block_sparse       without TRITON_INTERPRET
 
 Prints a line a kernel; exits with 1 if one does not compile, or needs more shared memory than a Hopper GPU has.
 """
@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 SHARED_MEMORY = 227 * 1024
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1", torch.int8: "*i8"}
+TYPES[torch.int32] = "*i32"
 failures = []
 
 
@@ -116,8 +117,40 @@ def causal() -> None:
         launchers.causal_linear_attention_bwd(grad, state, q, k, v, g, state, state, *kept, out, *options, True)
         if launchers.recurrent_fits(D, E, normalize):
             launchers.causal_linear_attention_recurrent(q, k, v, g, state, state, *options)
+    both_ways = importlib.import_module("diffattn.kernels.causal_linear_attention.triton_bidirectional")
+    x, g = meta(2, 1024, 4, 32), meta(2, 1024, 4, dtype=torch.float32)
+    both_ways.bidirectional_linear_attention_fwd(x, x, x, g, None, True, 1e-6, 1, False)
+
+
+def block_sparse() -> None:
+    stand_in("gqa_attention.triton").TensorDescriptor = None
+    forward = stand_in("block_sparse_attention.triton_fwd")
+    backward = stand_in("block_sparse_attention.triton_bwd")
+    from diffattn.kernels.block_sparse_attention import Blocks
+
+    for D, dtype, N, size, checked in (
+        (64, torch.bfloat16, 300, 64, False),
+        (96, torch.float16, 300, 128, True),
+        (40, torch.bfloat16, 300, 16, True),
+        # The compiler takes a length of 1 for a constant, and so a number of blocks.
+        (64, torch.float32, 1, 32, False),
+    ):
+        q, k, v = (meta(2, N, h, D, dtype=dtype) for h in (4, 2, 2))
+        number = -(-N // size)
+        count = meta(2, 4, number, dtype=torch.int32)
+        blocks = Blocks(meta(2, 4, number, number, dtype=torch.int32), count, count, size, size)
+        checks = (
+            (meta(3, N, dtype=torch.float32),) * 2 + (meta(2, N, dtype=torch.float32),) if checked else (None,) * 3
+        )
+        forward.block_sparse_attention_fwd(q, k, v, blocks, *checks, 0.1, False)
+        out, stats, residual = forward.block_sparse_attention_fwd(q, k, v, blocks, *checks, 0.1, True)
+        residual = stats if residual is None else residual
+        backward.block_sparse_attention_bwd(out, q, k, v, blocks, *checks, out, stats, residual, 0.1)
+        if not checked:
+            out, total = forward.block_sparse_sum_fwd(q, k, v, blocks, 0.1)
+            backward.block_sparse_sum_bwd(out, total, q, k, v, blocks, 0.1)
 
 
 if __name__ == "__main__":
-    {"linear": linear, "gqa": gqa, "causal": causal}[sys.argv[1]]()
+    {"linear": linear, "gqa": gqa, "causal": causal, "block_sparse": block_sparse}[sys.argv[1]]()
     sys.exit(1 if failures else 0)

@@ -8,10 +8,18 @@ from torch import Tensor
 from diffattn.kernels._backend import exporting, use_triton
 from diffattn.kernels._checks import check_qkv, shape_of
 from diffattn.kernels.causal_linear_attention import ops as ops  # registers the operators
+from diffattn.kernels.causal_linear_attention.bidirectional import bidirectional_linear_attention
 from diffattn.kernels.causal_linear_attention.reference import causal_linear_attention_reference
 from diffattn.kernels.causal_linear_attention.state import LinearState, check_state
 
-__all__ = ["FEATURE_MAPS", "FORMS", "LinearState", "causal_linear_attention", "causal_linear_attention_reference"]
+__all__ = [
+    "FEATURE_MAPS",
+    "FORMS",
+    "LinearState",
+    "bidirectional_linear_attention",
+    "causal_linear_attention",
+    "causal_linear_attention_reference",
+]
 
 FEATURE_MAPS = ("relu", "elu1", None)
 FORMS = ("auto", "parallel", "chunkwise", "recurrent")

@@ -87,13 +87,15 @@ def _join(S: torch.Tensor, tail: torch.Tensor | None) -> torch.Tensor:
 def _walk(
     q, k, v, *, decay=None, decay_on="keys", block=1, maps=(None, None, None), x=None, map_x=None, out_dtype=None,
     flip=False, post=False, strict=False, norm=False, weigh=0, a=None, b=None, eps=0.0, rate=False, keep=False,
-    init=None, final=None,
+    init=None, final=None, onto=None,
 ):  # fmt: skip
     """(o, residual, inverse, rate) of one walk. Tensors in the roles of q (B, N, Hq, D), k (B, N, Hk, D) and v
     (B, N, Hk, E): the head h of the result reads q's h // (H / Hq) and k's h // (H / Hk).
 
     decay: (B, T, Hg, 1 or features) or None. init: the flat state before, or None. final: where the flat state after
-    goes, or None; it may be init. keep: return what the backward of a normalized walk needs.
+    goes, or None; it may be init. keep: return what a backward needs: what rounding took from o, and with `norm` one
+    over the denominators. onto: (o, residual) of a walk the other way, to which this one is added in place; with
+    `norm`, a is one over its denominators.
     """
     B, N, Hq, D = q.shape
     Hk, E = v.shape[2:]
@@ -108,9 +110,12 @@ def _walk(
         kind = 1 if decay.shape[3] == 1 else {"keys": 2, "values": 3}[decay_on]
     tail = D if norm else E if weigh and b is not None else 0
     size = D * E + tail
-    o = empty(B, N, H, E, dtype=out_dtype or dtype)
-    residual = empty(B, N, H, E, dtype=dtype) if keep and dtype != torch.float32 else empty(0)
-    inverse = empty(B, N, H) if keep else empty(0)
+    if onto is None:
+        o = empty(B, N, H, E, dtype=out_dtype or dtype)
+        residual = empty(B, N, H, E, dtype=dtype) if keep and dtype != torch.float32 else empty(0)
+    else:
+        o, residual = onto
+    inverse = empty(B, N, H) if keep and norm else empty(0)
     if N == 0 or B == 0 or E == 0:
         if final is not None and final is not init:
             final.copy_(init) if init is not None else final.zero_()
@@ -141,7 +146,7 @@ def _walk(
     decay_strides = (0, 0, 0, 0) if decay is None else decay.stride()
     constants = dict(
         D=D, E=E, BD=BD, BE=BE, BN=launch.block, MAP_Q=maps[0], MAP_K=maps[1], MAP_V=maps[2], MAP_X=map_x,
-        X=x is not None, DECAY=kind, FLIP=flip, POST=post, STRICT=strict, NORM=norm, WEIGH=weigh,
+        X=x is not None, DECAY=kind, FLIP=flip, POST=post, STRICT=strict, ADD=onto is not None, NORM=norm, WEIGH=weigh,
         BIAS=bool(weigh) and b is not None, ALIGN=_aligned(q, k, v, *(() if x is None else (x,))), PARTS=PARTS[dtype],
         STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
@@ -171,7 +176,7 @@ def _walk(
         save = final is not None and not segmented
         run(H, group_q, group_k, H // Hg, first if first is not None else rates, final if save else rates, rates,
             OUT=True, INIT=first is not None, SAVE=save, RATE=kind if rate and kind < 2 else 2 if rate else 0,
-            RESIDUAL=0 if not keep else 1 if dtype == torch.float32 else 2)  # fmt: skip
+            RESIDUAL=2 if residual.numel() else 1 if inverse.numel() else 0)  # fmt: skip
     return o, residual, inverse, rates
 
 

@@ -14,6 +14,7 @@ from diffattn.kernels.causal_linear_attention.triton_tiles import (
     COUNTS,
     limit_decay,
     load_mapped,
+    load_output,
     load_rows,
     load_state,
     product,
@@ -87,6 +88,7 @@ def causal_linear_attention_channels_kernel(
     FLIP: tl.constexpr,
     POST: tl.constexpr,
     STRICT: tl.constexpr,
+    ADD: tl.constexpr,
     NORM: tl.constexpr,
     WEIGH: tl.constexpr,
     BIAS: tl.constexpr,
@@ -165,7 +167,7 @@ def causal_linear_attention_channels_kernel(
             if DECAY == 3:
                 others *= tl.exp(high + low)
             if NORM:
-                denominator = tl.sum(from_state * tail[None, :], 1) + eps
+                denominator = tl.sum(from_state * tail[None, :], 1)
             own = tl.zeros((BN, BE), tl.float32)
             span = tl.zeros(high.shape, tl.float32)
             for shift in range(1 if STRICT else 0, BN):
@@ -205,6 +207,15 @@ def causal_linear_attention_channels_kernel(
                 else:
                     others += score[:, None] * s_v
             rows = row_index(i_b, i_h, start, N, n_heads, o_n, FLIP)
+            if ADD:
+                before = load_output(p_o, p_residual, rows, o_e, m_e, E, RESIDUAL)
+                if NORM:
+                    other_way = 1.0 / tl.load(p_a + rows, mask=m_n, other=1.0)
+                    denominator += other_way
+                    before *= other_way[:, None]
+                others += before
+            elif NORM:
+                denominator += eps
             if NORM:
                 inverse = 1.0 / denominator
                 others *= inverse[:, None]

@@ -13,6 +13,7 @@ from diffattn.kernels.causal_linear_attention.triton_tiles import (
     COUNTS,
     limit_decay,
     load_mapped,
+    load_output,
     load_rows,
     load_state,
     product,
@@ -101,6 +102,7 @@ def causal_linear_attention_frames_kernel(
     FLIP: tl.constexpr,
     POST: tl.constexpr,
     STRICT: tl.constexpr,
+    ADD: tl.constexpr,
     NORM: tl.constexpr,
     WEIGH: tl.constexpr,
     BIAS: tl.constexpr,
@@ -181,7 +183,7 @@ def causal_linear_attention_frames_kernel(
             if not (STRICT or RATE):
                 state, tail = state + own, tail + own_tail
             high, low = split(state, PARTS)
-            if RATE:
+            if RATE and not STRICT:
                 own_high, own_low = split(own, PARTS)
             for start in tl.range(0, block, BN, num_stages=STAGES):
                 m_n = o_n < block - start
@@ -194,22 +196,33 @@ def causal_linear_attention_frames_kernel(
                 rows = row_index(i_b, i_h, token, N, n_heads, o_n, FLIP)
                 others = dot_state(b_q, high, low, EXACT_Q, PARTS)  # [BN, BE]
                 mine = 0.0
-                if RATE:
+                if RATE and not STRICT:
                     mine = dot_state(b_q, own_high, own_low, EXACT_Q, PARTS)
                 if WEIGH == 1:
                     b_a = load_rows(p_a, i_b, i_h, token, N, n_heads, o_n, m_n, FLIP)[:, None]
                     others *= b_a
-                    if RATE:
+                    if RATE and not STRICT:
                         mine *= b_a
                 if BIAS:
                     b_b = tl.full((BN, 1), 1.0, tl.float32)
                     if WEIGH == 1:
                         b_b = load_rows(p_b, i_b, i_h, token, N, n_heads, o_n, m_n, FLIP)[:, None]
                     others += b_b * tail[None, :]
-                    if RATE:
+                    if RATE and not STRICT:
                         mine += b_b * own_tail[None, :]
                 if NORM:
-                    inverse = 1.0 / (tl.sum(b_q * tail[None, :], 1) + eps)
+                    denominator = tl.sum(b_q * tail[None, :], 1)
+                if ADD:
+                    before = load_output(p_o, p_residual, rows, o_e, m_e, E, RESIDUAL)
+                    if NORM:
+                        other_way = 1.0 / tl.load(p_a + rows, mask=m_n, other=1.0)
+                        denominator += other_way
+                        before *= other_way[:, None]
+                    others += before
+                elif NORM:
+                    denominator += eps
+                if NORM:
+                    inverse = 1.0 / denominator
                     others *= inverse[:, None]
                     if RESIDUAL:
                         if tl.program_id(1) == 0:

@@ -11,7 +11,8 @@ the walk, with "keys" of D features, "values" of E and a state S, D x E,
 - NORM: o is divided by q_n . z_n + eps, z the state of the keys alone; z follows S in memory.
 - WEIGH: 1, a product q_n . k_m counts a_n (q_n . k_m) + b_n; 2, it counts a_m (q_n . k_m) + b_m. The b, only with
   BIAS, need the state of the values alone, which then follows S in memory.
-- STRICT: a token does not see itself.
+- STRICT: a token does not see its own step. ADD: the output so far, of a walk the other way, is added to; `a` holds
+  one over its denominators, and the new one is the sum.
 - RESIDUAL: 1, the inverse of the denominator is written as well; 2, what rounding took from o, too.
 - X: the output is the gradient of phi(x), and is turned into that of x. RATE: phi(x) times what came from other steps
   is written too, the gradient of the decay is made of it.
@@ -150,6 +151,16 @@ def store_state(p_out, i_state, state, tail, o_d, o_e, D: tl.constexpr, E: tl.co
             tl.store(p_out + D * E + o_d, tail, mask=o_d < D)
     if TAIL == 2:
         tl.store(p_out + D * E + o_e, tail, mask=o_e < E)
+
+
+@triton.jit
+def load_output(p_o, p_residual, rows, o_e, m, E: tl.constexpr, RESIDUAL: tl.constexpr):
+    """What a walk before this one wrote, float32."""
+    r_o = rows[:, None] * E + o_e[None, :]
+    o = tl.load(p_o + r_o, mask=m, other=0.0).to(tl.float32)
+    if RESIDUAL == 2:
+        o += tl.load(p_residual + r_o, mask=m, other=0.0).to(tl.float32)
+    return o
 
 
 @triton.jit

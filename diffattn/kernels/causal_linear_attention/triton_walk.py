@@ -15,6 +15,7 @@ from diffattn.kernels.causal_linear_attention.triton_tiles import (
     COUNTS,
     limit_decay,
     load_mapped,
+    load_output,
     load_rows,
     load_state,
     product,
@@ -89,6 +90,7 @@ def causal_linear_attention_walk_kernel(
     FLIP: tl.constexpr,
     POST: tl.constexpr,
     STRICT: tl.constexpr,
+    ADD: tl.constexpr,
     NORM: tl.constexpr,
     WEIGH: tl.constexpr,
     BIAS: tl.constexpr,
@@ -165,7 +167,7 @@ def causal_linear_attention_walk_kernel(
                 if BIAS:
                     scores += b_b[None, :]
                     others += tail[None, :]
-            if RATE:
+            if RATE and not STRICT:
                 # kept apart: it does not decay, and would hide what does
                 own = tl.sum(tl.where(o_n[:, None] == o_n[None, :], scores, 0.0), 1)[:, None] * b_v
             else:
@@ -180,9 +182,18 @@ def causal_linear_attention_walk_kernel(
                 denominator = tl.sum(b_q * tail[None, :], 1)
                 if DECAY:
                     denominator *= tl.exp(high + low)
-                denominator += tl.sum(scores, 1) + eps
+                denominator += tl.sum(scores, 1)
             others += product(scores, b_v, False, EXACT_V, PARTS, dtype)
             rows = row_index(i_b, i_h, start, N, n_heads, o_n, FLIP)
+            if ADD:
+                before = load_output(p_o, p_residual, rows, o_e, m_e, E, RESIDUAL)
+                if NORM:
+                    other_way = 1.0 / tl.load(p_a + rows, mask=m_n, other=1.0)
+                    denominator += other_way
+                    before *= other_way[:, None]
+                others += before
+            elif NORM:
+                denominator += eps
             if NORM:
                 inverse = 1.0 / denominator
                 others *= inverse[:, None]
