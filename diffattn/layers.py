@@ -27,7 +27,7 @@ class Layer:
     attn: nn.Module
     denoises: bool
     model: str = ""  # class name of the model that it is part of
-    perturbed: bool = False  # the pipeline's perturbed attention guidance sets processors here
+    perturbed: bool = False  # guidance sets a processor of its own here, or hooks that know stock's
 
     @property
     def name(self) -> str:
@@ -133,7 +133,7 @@ def find_layers(target: Any) -> list[Layer]:
     if not isinstance(target, nn.Module) and not isinstance(getattr(target, "components", None), dict):
         raise TypeError(f"target: got {type(target).__name__}, expected a diffusers pipeline or model")
 
-    guided = getattr(target, "pag_applied_layers", None) or []  # patterns, as PAGMixin matches them
+    perturbed = _perturbed_by(target)
     found, seen = [], set()
     for component, model in models_of(target).items():
         denoises = component.startswith(DENOISERS) or (not component and not is_autoencoder(model))
@@ -141,10 +141,30 @@ def find_layers(target: Any) -> list[Layer]:
             # transformers' models have no such attribute; a processor is called with the module.
             if callable(getattr(module, "processor", None)) and id(module) not in seen:
                 seen.add(id(module))
-                perturbed = component in ("unet", "transformer") and any(re.search(p, name) for p in guided)
+                skipped = _hooked(module) or (denoises and any(re.search(p, name) for p in perturbed))
                 draws = denoises and not name.startswith(IMAGE_PROJECTIONS)
-                found.append(Layer(component, name, module, draws, type(model).__name__, perturbed))
+                found.append(Layer(component, name, module, draws, type(model).__name__, skipped))
     return found
+
+
+def _perturbed_by(target: Any) -> list[str]:
+    """Patterns of the layers whose attention a pipeline's guidance changes or skips."""
+    patterns = list(getattr(target, "pag_applied_layers", None) or [])  # as PAGMixin matches them
+    if isinstance(target, nn.Module):
+        return patterns
+    for guider in target.components.values():
+        for skip in getattr(guider, "skip_layer_config", None) or []:
+            if skip.skip_attention and skip.skip_ff:
+                continue  # whole blocks
+            stack = r"[^.]+" if skip.fqn == "auto" else re.escape(skip.fqn)
+            patterns += [rf"^{stack}\.{index}\." for index in skip.indices]
+    return patterns
+
+
+def _hooked(attn: nn.Module) -> bool:
+    """Whether diffusers' layer skip is on the attention: it takes the call of torch's attention for the identity."""
+    hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", {})
+    return any(type(hook).__name__ == "AttentionProcessorSkipHook" for hook in hooks.values())
 
 
 def find_unreachable(target: Any) -> dict[str, str]:

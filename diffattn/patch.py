@@ -15,7 +15,7 @@ from diffattn._config import COMPILE_MODES, config
 from diffattn.cores import AttentionCore, GroupedQueryAttention, LinearAttention
 from diffattn.layers import DENOISERS, Layer, find_layers, find_unreachable, models_of, names_of, refuse_finalized
 from diffattn.processors import CoreAttnProcessor
-from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_BY_PIPELINE
+from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_BY_GUIDANCE
 from diffattn.running import refuse_if_running
 from diffattn.traceable import traceable
 
@@ -294,7 +294,7 @@ def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[s
     """Why the layer is skipped (None: it is not) and whether the core computes what stock computes."""
     family = layer.family
     if layer.perturbed:
-        return PERTURBED_BY_PIPELINE, True
+        return PERTURBED_BY_GUIDANCE, True
     if family is None:
         if explicit:
             raise ValueError(f"layers: {layer.name}: {_no_family(layer)}")

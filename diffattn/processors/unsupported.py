@@ -3,7 +3,7 @@
 SPARSE = "its attention is sparse, a FlexAttention mask over blocks of tokens"
 IMAGE_PROMPTS = "it attends to image prompts too, by weights of its own: unload the IP-Adapter to patch this layer"
 PERTURBED = "it perturbs attention for guidance"
-PERTURBED_BY_PIPELINE = "the pipeline's perturbed attention guidance sets processors of its own here"
+PERTURBED_BY_GUIDANCE = "guidance perturbs or skips this layer's attention, and knows stock's processors alone"
 KEY_CACHE = "its keys and values go through a cache that only this processor knows"
 
 #: Stock processor class name -> why it stays.

@@ -1,5 +1,6 @@
 """Tiny pipelines: guidance that sets processors, ControlNet, caches, files."""
 
+import inspect
 import logging
 import warnings
 
@@ -31,9 +32,10 @@ def pipeline(cls="StableDiffusionPipeline", **options):
 
     vae = BY_NAME["AutoencoderKL"].model()
     scheduler = diffusers.DDIMScheduler(num_train_timesteps=10, clip_sample=False, steps_offset=1)
-    pipe = getattr(diffusers, cls)(
-        unet=UNET.model(), vae=vae, scheduler=scheduler, requires_safety_checker=False, **ABSENT, **options
-    )
+    cls = getattr(diffusers, cls)
+    options |= ABSENT | dict(requires_safety_checker=False)
+    known = {name: options[name] for name in inspect.signature(cls).parameters.keys() & options.keys()}
+    pipe = cls(unet=UNET.model(), vae=vae, scheduler=scheduler, **known)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,0 +1,103 @@
+"""Where weights are: offloading of whole models, device maps; what a CPU can show of them. And xformers, absent."""
+
+import pytest
+import torch
+
+import diffattn
+from tests.plugins.common import FLUX, UNET, error, learned, out, processors
+from tests.plugins.test_pipelines import draw, pipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
+
+
+def weights_of_cores(model):
+    return [p for name, p in model.named_parameters() if ".processor.core." in name]
+
+
+@pytest.mark.parametrize("first", ["patch", "offload"])
+def test_models_that_move_take_their_cores_along(first):
+    """What enable_model_cpu_offload() does to each model; the device to compute on has no numbers here."""
+    from accelerate import cpu_offload_with_hook
+
+    unet = UNET.model()
+    if first == "patch":
+        diffattn.patch(unet, learned())
+    cpu_offload_with_hook(unet, torch.device("meta"))
+    if first == "offload":
+        diffattn.patch(unet, learned())
+    assert weights_of_cores(unet) and {p.device.type for p in unet.parameters()} == {"cpu"}
+    unet._hf_hook.pre_forward(unet)  # the first thing in a call
+    assert {p.device.type for p in unet.parameters()} == {"meta"}
+
+
+def test_a_pipeline_with_models_offloaded_in_turn():
+    """The order of models and the hooks are those of stock; patched and unpatched in between."""
+    from accelerate import cpu_offload_with_hook
+
+    pipe = pipeline()
+    had, stock = processors(pipe), draw(pipe)
+    cpu = torch.device("cpu")
+    _, hook = cpu_offload_with_hook(pipe.unet, cpu)
+    cpu_offload_with_hook(pipe.vae, cpu, prev_module_hook=hook)
+    diffattn.patch(pipe, diffattn.SoftmaxAttention())
+    assert error(draw(pipe), stock) <= 1e-5
+    diffattn.patch(pipe, learned())
+    ours = draw(pipe)
+    diffattn.unpatch(pipe)
+    assert processors(pipe) == had and torch.equal(draw(pipe), stock)
+    fresh = pipeline()
+    diffattn.patch(fresh, learned())
+    assert torch.equal(draw(fresh), ours)
+
+
+@pytest.mark.parametrize("tiny, width", [(UNET, 4), (FLUX, 16)], ids=["unet", "flux"])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_model_loaded_with_a_device_map(tiny, width, place, tmp_path):
+    """accelerate dispatches the parts and loads each for its call; cores patched in are where the parts compute."""
+    import diffusers
+
+    tiny.model().save_pretrained(tmp_path / "model")
+    stock = out(tiny, tiny.model())
+    parts = {name: "cpu" for name, _ in tiny.model().named_children()}
+    offloaded = {}
+    if place == "disk":
+        last = [name for name in parts if "block" in name][-1]
+        parts[last] = "disk"
+        offloaded = dict(offload_folder=tmp_path / "offload", offload_state_dict=False)
+    cls = getattr(diffusers, tiny.cls)
+    model = cls.from_pretrained(tmp_path / "model", device_map=parts, **offloaded)
+    had = processors(model)
+    assert torch.equal(out(tiny, model), stock)
+    diffattn.patch(model, diffattn.SoftmaxAttention())
+    assert error(out(tiny, model), stock) <= 1e-5
+    diffattn.patch(model, learned(width))
+    ours = out(tiny, model)
+    diffattn.unpatch(model)
+    assert processors(model) == had and torch.equal(out(tiny, model), stock)
+    plain = tiny.model()
+    diffattn.patch(plain, learned(width))
+    assert error(ours, out(tiny, plain)) <= 1e-6
+
+
+def test_xformers_that_is_not_installed():
+    """diffusers says so, on a patched model as on stock, and the patch stays."""
+    unet = UNET.model()
+    diffattn.patch(unet, "linear")
+    has, patched = processors(unet), out(UNET, unet)
+    with pytest.raises(ModuleNotFoundError, match="xformers"):
+        unet.enable_xformers_memory_efficient_attention()
+    assert processors(unet) == has and torch.equal(out(UNET, unet), patched)
+
+
+def test_layers_that_call_xformers_stay_as_they_are():
+    from diffusers.models.attention_processor import XFormersAttnProcessor
+
+    unet = UNET.model()
+    had = processors(unet)
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(XFormersAttnProcessor())
+    handle = diffattn.patch(unet, "linear")
+    reason = handle.skipped["mid_block.attentions.0.transformer_blocks.0.attn1"]
+    assert "calls xformers: call disable_xformers_memory_efficient_attention()" in reason
+    unet.disable_xformers_memory_efficient_attention()  # sets stock's processors everywhere
+    assert diffattn.patch(unet, "linear").installed.keys() > handle.installed.keys()
+    assert processors(unet).keys() == had.keys()
