@@ -5,6 +5,8 @@ key/value heads are never repeated.
 """
 
 from diffattn.kernels._backend import exporting
+from diffattn.kernels.block_sparse_attention import block_sparse_attention, linear_attention_outside
+from diffattn.kernels.block_sparse_attention.window import window_attention
 from diffattn.kernels.causal_linear_attention import (
     LinearState,
     bidirectional_linear_attention,
@@ -19,9 +21,12 @@ __all__ = [
     "Rotary",
     "apply_rotary",
     "bidirectional_linear_attention",
+    "block_sparse_attention",
     "causal_linear_attention",
     "exporting",
     "gqa_attention",
     "linear_attention",
+    "linear_attention_outside",
     "qk_norm_rope",
+    "window_attention",
 ]

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("family", ["linear", "gqa", "causal"])
+@pytest.mark.parametrize("family", ["linear", "gqa", "causal", "block_sparse"])
 def test_kernels_compile_for_hopper(family, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}

@@ -1,0 +1,149 @@
+"""Attention of image tokens to what is near them in the picture, and of all tokens to text."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffattn.kernels._backend import exporting, use_triton
+from diffattn.kernels._checks import check_qkv
+from diffattn.kernels.block_sparse_attention import MAX_HEAD_DIM, block_sparse_attention
+from diffattn.kernels.block_sparse_attention.blocks import Blocks, blocks_of_layout
+from diffattn.kernels.block_sparse_attention.reference import near
+from diffattn.kernels.gqa_attention import gqa_attention
+
+BLOCK = 64
+TILES = {16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16)}
+
+
+class Plan(NamedTuple):
+    """How the kernel walks through a picture: all of it constants of its size.
+
+    Attributes:
+        order: (N,), tokens in the order of the kernel's rows: tile by tile, text last.
+        back: (N,), the inverse.
+        q_places, k_places: (3, N), as `block_sparse_attention` takes them, in that order.
+    """
+
+    order: Tensor
+    back: Tensor
+    q_places: Tensor
+    k_places: Tensor
+    blocks: Blocks
+
+
+def window_attention(q, k, v, radius, grid, *, text=(0, 0), bias=None, scale=None):
+    """Softmax attention within circles of a picture.
+
+    o_n = sum_m softmax_m(scale q_n . k_m + bias_m) v_m,  |p_n - p_m| < radius, or n or m a token of text
+
+    p = (y, x) is a token's place in its picture. CLEAR (Liu et al. 2024, arXiv 2412.16112): its authors' mask has the
+    same strict inequality, and no limit for text.
+
+    The kernel takes tokens tile by tile, so that a block of them is a small square, and visits the blocks of keys
+    within reach alone: its work grows with the number of tokens. Plain torch masks all pairs.
+
+    Args:
+        q: (B, N, H, D). Tokens of the picture, row by row, between those of text.
+        k: (B, N, Hkv, D), dtype of q; H is a multiple of Hkv.
+        v: (B, N, Hkv, E), dtype of q.
+        radius: in tokens.
+        grid: (height, width) of the picture in tokens. While a model is being exported, integers in proportion are
+            enough: the size then follows from the number of tokens.
+        text: number of tokens (before, behind) the picture.
+        bias: (1 or B, N), added to the scores of a key; -inf hides it. Takes no gradient.
+        scale: float; D ** -0.5 if None.
+    Returns: (B, N, H, E) in the dtype of q.
+    Raises: TypeError or ValueError, naming the argument, what came and what would fit.
+    """
+    check_qkv(q, k, v)
+    N = q.shape[1]
+    if not exporting():
+        height, width = grid
+        if k.shape[1] != N or N != height * width + sum(text):
+            raise ValueError(
+                f"grid: got {height} x {width} and {text[0]} + {text[1]} tokens of text, expected as many tokens as q "
+                f"and k have, {N} and {k.shape[1]}"
+            )
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM or not use_triton(q):
+        q_places, k_places = _places(N, grid, text, radius, q.device)
+        mask = near(q_places, k_places)
+        if bias is not None:
+            mask = torch.where(mask, bias[:, None, None, :].to(q.dtype), -math.inf)
+        return gqa_attention(q, k, v, mask=mask, scale=scale)
+    make = _plan if torch.compiler.is_compiling() or type(q.data) is not Tensor else _kept_plan
+    plan = make(tuple(grid), tuple(text), radius, BLOCK, q.device)
+    if bias is not None:
+        bias = bias[:, plan.order]
+    q, k, v = (x.index_select(1, plan.order) for x in (q, k, v))
+    out = block_sparse_attention(
+        q, k, v, plan.blocks, q_places=plan.q_places, k_places=plan.k_places, bias=bias, scale=scale
+    )
+    return out.index_select(1, plan.back)
+
+
+def _places(tokens, grid, text, radius, device):
+    """(3, N) of queries and of keys, row by row: y, x and reach."""
+    width = grid[1]
+    before, after = text
+    at = torch.arange(tokens, device=device) - before
+    if exporting():
+        # The number of tokens is a symbol, of which a graph takes no root: a tensor is.
+        area = torch.full((), tokens - before - after, dtype=torch.float32, device=device)
+        width = (area * (grid[1] / grid[0])).sqrt().round().long()
+    y, x = torch.div(at, width, rounding_mode="floor"), at % width
+    is_text = (at < 0) | (at >= tokens - before - after)
+    # Squares of distances are whole numbers: half of one below the first that is too far.
+    reach = math.ceil(radius**2) - 0.5
+    place = torch.stack((y, x)).to(torch.float32)
+    q_reach, k_reach = (torch.where(is_text, math.inf, own) for own in (reach, 0.0))
+    return (torch.cat((place, w.to(torch.float32)[None])) for w in (q_reach, k_reach))
+
+
+def _plan(grid, text, radius, block, device) -> Plan:
+    height, width = grid
+    tokens = height * width + sum(text)
+    q_places, k_places = _places(tokens, grid, text, radius, device)
+    rows, columns = TILES[block]
+    y, x = q_places[:2].long()
+    tile = torch.div(y, rows, rounding_mode="floor") * width + torch.div(x, columns, rounding_mode="floor")
+    key = (tile * rows + y % rows) * columns + x % columns
+    # Text comes last, so that it does not move the blocks away from the tiles.
+    key = torch.where(k_places[2] > 0, torch.iinfo(torch.int64).max, key)
+    order = key.argsort(stable=True)
+    back = order.argsort()
+    q_places, k_places = (p.index_select(1, order) for p in (q_places, k_places))
+    return Plan(order, back, q_places, k_places, _within(q_places, k_places, block))
+
+
+@functools.lru_cache(maxsize=32)
+def _kept_plan(grid, text, radius, block, device) -> Plan:
+    # Made in a call without gradients, it may serve one with.
+    with torch.inference_mode(False), torch.no_grad():
+        plan = _plan(grid, text, radius, block, device)
+        longest = int(plan.blocks.count.max())
+        index = plan.blocks.index[..., :longest].contiguous()
+        return plan._replace(blocks=plan.blocks._replace(index=index))
+
+
+def _within(q_places, k_places, block) -> Blocks:
+    """The blocks of which some token may be near enough, from the rectangles that they fill."""
+    q_low, q_high = _bounds(q_places, block)
+    k_low, k_high = _bounds(k_places, block)
+    q_low, q_high, k_low, k_high = q_low[:, :, None], q_high[:, :, None], k_low[:, None], k_high[:, None]
+    gap = torch.maximum(k_low[:2] - q_high[:2], q_low[:2] - k_high[:2]).clamp_min(0)
+    span = torch.maximum(k_high[:2] - q_low[:2], q_high[:2] - k_low[:2])
+    layout = gap.square().sum(0) <= q_high[2] + k_high[2]
+    whole = span.square().sum(0) <= q_low[2] + k_low[2]
+    return blocks_of_layout(layout[None, None], block, block, whole[None, None])
+
+
+def _bounds(places, block):
+    """The least and the greatest of each row in each block, (3, NB)."""
+    rest = -places.shape[1] % block
+    low = F.pad(places, (0, rest), value=math.inf).unflatten(1, (-1, block)).amin(-1)
+    high = F.pad(places, (0, rest), value=-math.inf).unflatten(1, (-1, block)).amax(-1)
+    return low, high
