@@ -3,7 +3,13 @@
 from diffattn import kernels
 from diffattn._config import config
 from diffattn.convert import finalize
-from diffattn.cores import AttentionCore, GroupedQueryAttention, LinearAttention, SoftmaxAttention
+from diffattn.cores import (
+    AttentionCore,
+    CausalLinearAttention,
+    GroupedQueryAttention,
+    LinearAttention,
+    SoftmaxAttention,
+)
 from diffattn.patch import PatchHandle, patch, patched, status, unpatch
 from diffattn.processors import LinearAttnProcessor, MQAAttnProcessor
 from diffattn.weights import load_weights, save_weights
@@ -11,6 +17,7 @@ from diffattn.weights import load_weights, save_weights
 __version__ = "0.1.0"
 __all__ = [
     "AttentionCore",
+    "CausalLinearAttention",
     "GroupedQueryAttention",
     "LinearAttention",
     "LinearAttnProcessor",

@@ -77,23 +77,27 @@ def causal_linear_attention(
         are float32 (float64 for float64, whose states are float64 tensors).
     Raises: TypeError or ValueError, naming the argument, what came and what would fit; a state is then untouched.
     """
-    check_qkv(q, k, v)
-    _check_options(q, k, feature_map, form, block, eps)
-    if decay is not None:
-        _check_decay(q, k, decay, block)
-    tensor = state.tensor if isinstance(state, LinearState) else state
-    if tensor is not None:
-        _check_state(q, k, v, state, normalize)
+    check_inputs(q, k, v, decay, state, feature_map=feature_map, normalize=normalize, form=form, block=block, eps=eps)
     return run_causal_linear_attention(
         q, k, v, decay, state, feature_map=feature_map, normalize=normalize, return_state=return_state, form=form,
         block=block, eps=eps,
     )  # fmt: skip
 
 
+def check_inputs(q, k, v, decay, state, *, feature_map, normalize, form, block, eps, look=True):
+    """The checks of `causal_linear_attention`. look: at the numbers in `decay`, for which a CPU waits for the GPU."""
+    check_qkv(q, k, v)
+    _check_options(q, k, feature_map, form, block, eps)
+    if decay is not None:
+        _check_decay(q, k, decay, block, look)
+    if state is not None:
+        _check_state(q, k, v, state, normalize)
+
+
 def run_causal_linear_attention(
     q, k, v, decay, state, *, feature_map=None, normalize=True, return_state=False, form="auto", block=1, eps=1e-15
 ):
-    """`causal_linear_attention` without its checks, for callers whose decay is at most 0 by construction."""
+    """`causal_linear_attention` without its checks."""
     tensor = state.tensor if isinstance(state, LinearState) else state
     inputs = (q, k, v, decay, tensor if tensor is state else None)
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -150,7 +154,7 @@ def _check_options(q, k, feature_map, form, block, eps):
         raise ValueError(f"block: got {block} tokens a frame, expected a divisor of the {q.shape[1]} tokens of q")
 
 
-def _check_decay(q, k, decay, block):
+def _check_decay(q, k, decay, block, look=True):
     B, N = q.shape[:2]
     kv_heads, D = k.shape[2:]
     if not isinstance(decay, Tensor):
@@ -165,7 +169,7 @@ def _check_decay(q, k, decay, block):
             f"decay: got shape {shape_of(decay)}, expected one of {shapes}: a number a head, a step and head, or a "
             "step, head and feature"
         )
-    watched = not (torch.compiler.is_compiling() or exporting())
+    watched = look and not (torch.compiler.is_compiling() or exporting())
     if watched and not (decay.is_cuda and torch.cuda.is_current_stream_capturing()) and bool((decay > 0).any()):
         raise ValueError(
             f"decay: got {float(decay.max())}, expected 0 or less: it is the logarithm of what is kept, and the state "
