@@ -22,7 +22,7 @@ class SoftmaxAttention(AttentionCore):
 
     def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
         q, k = rotate_heads(q, k, rotate)
-        grouped = k.shape[2] != q.shape[2]
+        grouped = bool(k.shape[2] != q.shape[2])  # torch.jit.trace has tensors for sizes
         if self.dispatch is not None:
             return self.dispatch(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -23,9 +23,14 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
+def exporting_to_onnx() -> bool:
+    """True inside both ONNX exporters: the graph is to hold the reference alone, without torch's own attention."""
+    return torch.onnx.is_in_onnx_export()
+
+
 def exporting() -> bool:
     """True inside `torch.export.export` (torch 2.6: with `strict=False`) and both ONNX exporters."""
-    if torch.onnx.is_in_onnx_export():
+    if exporting_to_onnx():
         return True
     # The flag, not is_exporting(): up to torch 2.11 that is true under torch.compile too (pytorch/pytorch#176347), and
     # every compiled model would take the torch path.

@@ -178,3 +178,22 @@ FAMILIES = [
     ),
 ]  # fmt: skip
 FAMILY = {str(family): family for family in FAMILIES}
+
+
+def exported(family: Family, call: nn.Module) -> torch.export.ExportedProgram:
+    """The program of a model with everything dynamic that `axes` names, as the docs tell users to make it."""
+    inputs = family.inputs()
+    # of one size in all inputs; 63, since convolutions on a CPU are another program from there on
+    one = {"batch": torch.export.Dim("batch", max=63), "text": torch.export.Dim("text", max=512)}
+    free = torch.export.Dim.DYNAMIC
+
+    def shapes(name, value):
+        if isinstance(value, torch.Tensor):
+            return {d: one.get(axis, free) for d, axis in family.axes.get(name, {}).items()} or None
+        if isinstance(value, (tuple, list)):
+            return type(value)(shapes(None, item) for item in value)
+        return {key: shapes(key, item) for key, item in value.items()} if isinstance(value, dict) else None
+
+    dynamic = {name: shapes(name, value) for name, value in inputs.items()}
+    with torch.no_grad():
+        return torch.export.export(call, (), inputs, dynamic_shapes=dynamic)
