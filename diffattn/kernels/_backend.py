@@ -1,5 +1,6 @@
 """Which implementation a call runs: the Triton operator or plain torch."""
 
+import functools
 import importlib.util
 import os
 
@@ -37,6 +38,13 @@ def exporting() -> bool:
     if _HAS_EXPORT_FLAG:
         return torch.compiler._is_exporting_flag
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+@functools.cache
+def small_shared_memory(device: torch.device) -> bool:
+    """Whether a program has about 100 KB of shared memory, as on GeForce, L4, L40 and A10 GPUs, and not the 163 KB and
+    more of A100, Hopper and Blackwell data center GPUs, on one of which launch configurations are chosen."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) not in ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def _why_not_triton(tensor: torch.Tensor) -> str | None:

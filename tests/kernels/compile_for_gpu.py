@@ -1,8 +1,9 @@
 """Compile kernels for a GPU that is not there: what Triton's interpreter runs, its compiler may refuse.
 
-python tests/kernels/compile_for_gpu.py linear|gqa|causal|block_sparse       without TRITON_INTERPRET
+python tests/kernels/compile_for_gpu.py linear|gqa|causal|block_sparse [90|89]       without TRITON_INTERPRET
 
-Prints a line a kernel; exits with 1 if one does not compile, or needs more shared memory than a Hopper GPU has.
+90: Hopper. 89: Ada, whose shared memory is small, only what needs most of it. Prints a line a kernel; exits with 1 if
+one does not compile, or needs more shared memory than the GPU has.
 """
 
 import importlib
@@ -13,7 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SHARED_MEMORY = 227 * 1024
+ARCH = int(sys.argv[2]) if len(sys.argv) > 2 else 90
+SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024}[ARCH]
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1", torch.int8: "*i8"}
 TYPES[torch.int32] = "*i32"
 failures = []
@@ -47,7 +49,7 @@ class Compiled:
         try:
             source = ASTSource(self.kernel, signature, constexprs, attrs)
             options = dict(num_warps=num_warps, num_stages=num_stages)
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            made = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
             too_much = made.metadata.shared > SHARED_MEMORY
             problem = f"{made.metadata.shared} bytes of shared memory" if too_much else None
         except Exception as error:
@@ -62,6 +64,8 @@ def stand_in(module_name: str):
     for name, value in vars(module).items():
         if name.endswith("_kernel") and hasattr(value, "arg_names"):
             setattr(module, name, Compiled(value))
+    if hasattr(module, "small_shared_memory"):
+        module.small_shared_memory = lambda device: ARCH == 89
     return module
 
 
@@ -71,16 +75,23 @@ def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
 
 def linear() -> None:
     launchers = stand_in("linear_attention.triton")
-    for D, E, dtype, feature_map, rotated, N, M in (
-        (32, 32, torch.bfloat16, "relu", False, 4099, 4099),
-        (64, 64, torch.bfloat16, "elu1", False, 4099, 4099),
-        (112, 112, torch.bfloat16, "relu", True, 4099, 4099),
-        (40, 24, torch.float16, "softmax", False, 4099, 4099),
-        (16, 256, torch.float32, None, False, 4099, 4099),
-        # The compiler takes a length of 1 for a constant.
-        (40, 40, torch.bfloat16, "relu", False, 1, 300),
-        (40, 40, torch.bfloat16, "softmax", False, 9, 1),
-    ):
+    cases = [
+        (112, 112, torch.bfloat16, "softmax", True, 4099, 4099),
+        (160, 160, torch.bfloat16, "relu", False, 4099, 4099),
+        (64, 64, torch.bfloat16, "softmax", True, 4099, 4099),
+    ]
+    if ARCH == 90:
+        cases = [
+            (32, 32, torch.bfloat16, "relu", False, 4099, 4099),
+            (64, 64, torch.bfloat16, "elu1", False, 4099, 4099),
+            (112, 112, torch.bfloat16, "relu", True, 4099, 4099),
+            (40, 24, torch.float16, "softmax", False, 4099, 4099),
+            (16, 256, torch.float32, None, False, 4099, 4099),
+            # The compiler takes a length of 1 for a constant.
+            (40, 40, torch.bfloat16, "relu", False, 1, 300),
+            (40, 40, torch.bfloat16, "softmax", False, 9, 1),
+        ]
+    for D, E, dtype, feature_map, rotated, N, M in cases:
         q, k = meta(2, N, 4, D, dtype=dtype), meta(2, M, 4, D, dtype=dtype)
         v, grad = meta(2, M, 4, E, dtype=dtype), meta(2, N, 4, E, dtype=dtype)
         angles = meta(N, D // 2, dtype=torch.float32) if rotated else None
@@ -92,12 +103,15 @@ def linear() -> None:
 def gqa() -> None:
     stand_in("gqa_attention.triton").TensorDescriptor = None
     forward, backward = stand_in("gqa_attention.triton_fwd"), stand_in("gqa_attention.triton_bwd")
-    for D, dtype, mask in ((64, torch.bfloat16, None), (96, torch.float16, meta(2, 1, 1, 300, dtype=torch.bool))):
+    cases = [(256, torch.bfloat16, None), (128, torch.float32, None)]
+    if ARCH == 90:
+        cases = [(64, torch.bfloat16, None), (96, torch.float16, meta(2, 1, 1, 300, dtype=torch.bool))]
+    for D, dtype, mask in cases:
         q, k, v = (meta(2, n, h, D, dtype=dtype) for n, h in ((301, 4), (300, 2), (300, 2)))
         forward.gqa_attention_fwd(q, k, v, mask, 0.1, False)
         out, stats, residual = forward.gqa_attention_fwd(q, k, v, mask, 0.1, True)
-        backward.gqa_attention_bwd(out, q, k, v, mask, out, stats, residual, 0.1)
-        if mask is None:
+        backward.gqa_attention_bwd(out, q, k, v, mask, out, stats, out if residual is None else residual, 0.1)
+        if mask is None and dtype != torch.float32:
             stand_in("gqa_attention.triton_int8").gqa_attention_int8_fwd(q, k, v, mask, 0.1)
 
 

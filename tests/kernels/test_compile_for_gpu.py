@@ -10,11 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("family", ["linear", "gqa", "causal", "block_sparse"])
-def test_kernels_compile_for_hopper(family, tmp_path):
+@pytest.mark.parametrize(
+    "family, arch",
+    [("linear", 90), ("gqa", 90), ("causal", 90), ("block_sparse", 90), ("linear", 89), ("gqa", 89)],
+    ids=str,
+)
+def test_kernels_compile_and_fit(family, arch, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("compile_for_gpu.py")
-    done = subprocess.run([sys.executable, script, family], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, script, family, str(arch)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ok" in done.stdout

@@ -6,12 +6,23 @@ import torch
 import triton
 import triton.language as tl
 
+from diffattn.kernels._backend import small_shared_memory
+
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # triton < 3.4
     TensorDescriptor = None
 
 LOG2E = 1.4426950408889634
+
+
+def fitting(config, dtype, width, device):
+    """(rows, keys, warps, stages), smaller where shared memory is small: compiled for such GPUs, measured on none."""
+    if not small_shared_memory(device) or width * dtype.itemsize < 512:
+        return config
+    rows, keys, warps, _ = config
+    return max(16, rows // 2), max(16, keys // 2), warps, 1
+
 
 # Kinds of mask, a compile-time choice.
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2

@@ -10,6 +10,7 @@ from diffattn.kernels.gqa_attention.triton import (
     block_loads,
     blocks,
     dot_precision,
+    fitting,
     head_block,
     mask_has_rows,
     mask_kind,
@@ -34,8 +35,8 @@ _CONFIGS = {
 }
 
 
-def _configs(dtype, width, masked):
-    dq, dkv = _CONFIGS[(dtype.itemsize == 4, width)]
+def _configs(dtype, width, masked, device):
+    dq, dkv = (fitting(config, dtype, width, device) for config in _CONFIGS[(dtype.itemsize == 4, width)])
     if not masked:
         return dq, dkv
     # A mask tile takes registers and shared memory of its own: halve the block that the loop runs over.
@@ -60,7 +61,7 @@ def gqa_attention_bwd(grad, q, k, v, mask, out, stats, residual, scale, configs=
     if out.numel() == 0 or v.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     width = head_block(D, E)
-    dq_config, dkv_config = configs or _configs(q.dtype, width, mask is not None)
+    dq_config, dkv_config = configs or _configs(q.dtype, width, mask is not None, q.device)
     gained = q.dtype == torch.float16
     additive = mask_kind(mask) == ADDITIVE_MASK
     base, delta = q.new_empty((2, B, H, N), dtype=torch.float32)

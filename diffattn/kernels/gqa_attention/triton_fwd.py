@@ -15,6 +15,7 @@ from diffattn.kernels.gqa_attention.triton import (
     block_loads,
     blocks,
     dot_precision,
+    fitting,
     head_block,
     load_block,
     mask_has_rows,
@@ -236,8 +237,8 @@ _CONFIGS = {
 }
 
 
-def _config(dtype, width, masked):
-    rows, keys, warps, stages = _CONFIGS[(dtype.itemsize == 4, width)]
+def _config(dtype, width, masked, device):
+    rows, keys, warps, stages = fitting(_CONFIGS[(dtype.itemsize == 4, width)], dtype, width, device)
     # A mask tile takes registers and shared memory of its own.
     return (rows, max(16, keys // 2), warps, 2) if masked else (rows, keys, warps, stages)
 
@@ -264,7 +265,7 @@ def gqa_attention_fwd(q, k, v, mask, scale, training, config=None, row_scales=No
         return out, stats, residual
     # Products of int8 take 32 features at a time.
     width = head_block(D, E, 16 if row_scales is None else 32)
-    rows, keys, warps, stages = config or _config(v.dtype, width, mask is not None)
+    rows, keys, warps, stages = config or _config(v.dtype, width, mask is not None, v.device)
     # A few queries do not fill the tile.
     rows = min(rows, head_block(G * N))
     (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from diffattn.kernels._backend import small_shared_memory
 from diffattn.kernels.linear_attention.triton_bwd import (
     linear_attention_dkv_bwd_kernel,
     linear_attention_dq_bwd_kernel,
@@ -44,7 +45,8 @@ CONFIGS = {
     "dk": {128: Launch(64, 8, 2, 2), 256: Launch(16, 8, 1, 1)},
     "dv": {128: Launch(64, 4, 3, 2), 256: Launch(64, 8, 1, 1)},
 }
-# The most elements of one D x BE block of the state, by the bytes of its parts: larger heads are cut along E.
+# The most elements of one D x BE block of the state, by the bytes of its parts: larger heads are cut along E. Half of
+# it where shared memory is small.
 STATE_BLOCK = {2: 128 * 128, 4: 64 * 128}
 # How products split float32 operands, see triton_tiles.py.
 PARTS = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
@@ -66,7 +68,7 @@ def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _launch(kernel: str, width: int, dtype: torch.dtype, rotary: bool = False) -> Launch:
+def _launch(kernel: str, width: int, dtype: torch.dtype, rotary: bool = False, small: bool = False) -> Launch:
     table = CONFIGS[kernel]
     launch = table[min(w for w in table if w >= width)]
     if dtype != torch.bfloat16:
@@ -81,6 +83,9 @@ def _launch(kernel: str, width: int, dtype: torch.dtype, rotary: bool = False) -
         launch = dataclasses.replace(launch, stages=min(launch.stages, 2 if width <= 128 else 1))
         if kernel == "state":
             launch = dataclasses.replace(launch, block=32, warps=8)
+    if small and (width > 64 or rotary):
+        # Compiled for such GPUs, measured on none.
+        launch = dataclasses.replace(launch, stages=min(2, launch.stages), block=min(32, launch.block))
     return launch
 
 
@@ -97,7 +102,7 @@ def _cut(
 ) -> tuple[Launch, int, int]:
     """(launch, chunk, n_chunks) of a kernel that walks over the tokens of `heads` heads: n_chunks programs a head, of
     `chunk` blocks each, so that all finish soonest if as many run at a time as fit the device."""
-    launch = _launch(kernel, width, dtype, rotary)
+    launch = _launch(kernel, width, dtype, rotary, small_shared_memory(device))
     slots = _multiprocessors(device) * launch.resident
     steps = _cdiv(tokens, launch.block)
 
@@ -131,7 +136,8 @@ class _Problem:
         self.device, self.dtype = q.device, q.dtype
         BD = _padded(self.D)
         self.width = max(BD, _padded(self.E))
-        BE = min(_padded(self.E), STATE_BLOCK[2 if q.dtype == torch.bfloat16 else 4] // BD)
+        state_block = STATE_BLOCK[2 if q.dtype == torch.bfloat16 else 4] // (2 if small_shared_memory(q.device) else 1)
+        BE = min(_padded(self.E), state_block // BD)
         self.e_blocks = _cdiv(self.E, BE)
         self.state_size = self.D * self.E + self.D
         self.softmax = feature_map == "softmax"
