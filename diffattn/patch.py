@@ -22,6 +22,7 @@ from diffattn.traceable import traceable
 CORES_BY_NAME = {
     "linear": LinearAttention,
     "mqa": lambda: GroupedQueryAttention(kv_heads=1),
+    "mqa-svd": lambda: GroupedQueryAttention(kv_heads=1, pooling="svd"),
     "linfusion": LinearAttention.linfusion,
     "hedgehog": lambda: LinearAttention("hedgehog"),
 }

@@ -33,12 +33,15 @@ class LayerInfo:
         weights: role ("q", "k", "v" or "out") -> weight (out, in) and bias or None of the layer's projection, to start
             from: detached, on the layer's device or the meta device, in its dtype. Only those are listed in whose
             place the layer's processor calls a projection of the core's; empty where it calls none.
+        plain_scores: whether nothing happens to q and k between their projections and their product: no norm, no
+            rotation.
     """
 
     heads: int
     kv_heads: int
     head_dim: int | None = None
     weights: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    plain_scores: bool = False
 
 
 class AttentionCore(nn.Module):
@@ -53,8 +56,8 @@ class AttentionCore(nn.Module):
     before and after the core itself, on processors that hand them over (`LayerInfo.weights` is empty elsewhere):
 
         projections: role -> nn.Linear that is called in place of the layer's `to_q`, `to_k`, `to_v` or `to_out[0]`.
-            Adapters (LoRA) on the layer's act on it all the same. The layer's own stay for `unpatch`, until
-            `diffattn.finalize` drops them.
+            Adapters (LoRA) on the layer's act on it all the same, unless the core says in `refuses_adapters` why they
+            cannot. The layer's own stay for `unpatch`, until `diffattn.finalize` drops them.
         input_maps: role "q" or "k" -> module that maps the hidden states (B, N, C) before that projection.
 
     Both are None in a core that has none.
@@ -63,6 +66,9 @@ class AttentionCore(nn.Module):
     #: Whether `rotate` is the first thing that happens to q and k: a processor then does it in the core's place, in
     #: one pass with the norms. A subclass that does anything to q or k before has to set it to False.
     rotates_first = False
+
+    #: Why adapters on the layer's projections cannot act on the core's own: a call with some then raises.
+    refuses_adapters: str | None = None
 
     def __init__(self):
         super().__init__()

@@ -101,7 +101,13 @@ class CoreAttnProcessor(nn.Module):
     def layer_info(cls, attn: nn.Module) -> LayerInfo:
         """What a core is told of a layer."""
         heads, kv_heads = cls.heads(attn)
-        return LayerInfo(heads, kv_heads, _head_dim(attn, heads), weights_of(attn) if cls.hands_over else {})
+        weights = weights_of(attn) if cls.hands_over else {}
+        return LayerInfo(heads, kv_heads, _head_dim(attn, heads), weights, cls.plain_scores(attn))
+
+    @classmethod
+    def plain_scores(cls, attn: nn.Module) -> bool:
+        """Whether q and k go from their projections to the core as they are: no norm, no rotation."""
+        return False
 
     @classmethod
     def attends_to_itself(cls, name: str, attn: nn.Module) -> bool:

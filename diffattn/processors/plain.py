@@ -30,6 +30,11 @@ class PlainAttnProcessor(CoreAttnProcessor):
     def attends_to_itself(cls, name, attn):
         return not attn.is_cross_attention and "token_refiner" not in name  # which refines text
 
+    @classmethod
+    def plain_scores(cls, attn):
+        # Subclasses rotate.
+        return cls is PlainAttnProcessor and attn.norm_q is None and attn.norm_k is None
+
     def attend(self, attn, hidden_states, context, mask, temb=None, rotary=None, norm_all_heads=False):
         """The block itself. `rotary` rotates the queries and, in self-attention, the keys."""
         if isinstance(context, tuple):

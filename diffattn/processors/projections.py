@@ -57,7 +57,7 @@ def output(attn: nn.Module, hidden_states: Tensor, core: AttentionCore | None = 
     own = None if core is None or core.projections is None else core.projections
     if own is None or "out" not in own:
         return attn.to_out[1](attn.to_out[0](hidden_states))
-    out, added = own["out"](hidden_states), _added(own["out"], attn.to_out[0], hidden_states, "out")
+    out, added = own["out"](hidden_states), _added(core, "out", attn.to_out[0], hidden_states)
     return attn.to_out[1](out if added is None else out + added)
 
 
@@ -71,7 +71,7 @@ def _project_for(core: AttentionCore, attn: nn.Module, hidden_states: Tensor, so
         out = own[role](x) if role in own else module(x)
         head_dim = heads[0].shape[-1] if heads else out.shape[-1] // attn.heads
         out = out.unflatten(-1, (-1, head_dim))
-        added = _added(own[role], module, x, role) if role in own else None
+        added = _added(core, role, module, x) if role in own else None
         if added is not None:
             added = added.unflatten(-1, (-1, head_dim))
             if added.shape[2] != out.shape[2]:  # pooled, as the weights they were trained for
@@ -81,12 +81,15 @@ def _project_for(core: AttentionCore, attn: nn.Module, hidden_states: Tensor, so
     return tuple(heads)
 
 
-def _added(own: nn.Module, module: nn.Module, x: Tensor, role: str) -> Tensor | None:
+def _added(core: AttentionCore, role: str, module: nn.Module, x: Tensor) -> Tensor | None:
     """What the layer's projection adds to the core's own in its place: its adapters."""
     if hasattr(module, "base_layer"):
-        return adapters(module, x)
+        added = adapters(module, x)
+        if added is not None and core.refuses_adapters:
+            raise RuntimeError(_refusal("adapter", core.refuses_adapters))
+        return added
     if not torch.compiler.is_compiling() and not exporting():
-        _look(own, module, role)
+        _look(core.projections[role], module, role)
     return None
 
 
@@ -125,23 +128,26 @@ def adapters(module: nn.Module, x: Tensor) -> Tensor | None:
     if not hasattr(module, "base_layer") or module.disable_adapters:
         return None
     if not hasattr(module, "lora_A"):
-        raise RuntimeError(_other_adapter(type(module).__name__))
+        raise RuntimeError(_refusal(type(module).__name__, ONLY_LORA))
     out = None
     for name in module.merged_adapters or module.active_adapters:
         if name not in module.lora_A:
             continue
         if name in module.lora_variant:
-            raise RuntimeError(_other_adapter(type(module.lora_variant[name]).__name__))
+            raise RuntimeError(_refusal(type(module.lora_variant[name]).__name__, ONLY_LORA))
         down, up = module.lora_A[name], module.lora_B[name]
         added = up(down(module.lora_dropout[name](x.to(down.weight.dtype)))) * module.scaling[name]
         out = added if out is None else out + added
     return None if out is None else out.to(x.dtype)
 
 
-def _other_adapter(kind: str) -> str:
+ONLY_LORA = "a projection of this layer was replaced by the attention core's own, on which only plain LoRA can act"
+
+
+def _refusal(kind: str, why: str) -> str:
     return (
-        f"{kind}: a projection of this layer was replaced by the attention core's own, on which only plain LoRA can "
-        "act. Call diffattn.unpatch(...), fuse the adapter (fuse_lora) and unload it, then diffattn.patch(...)"
+        f"{kind}: {why}. Call diffattn.unpatch(...), fuse the adapter (fuse_lora) and unload it, then "
+        "diffattn.patch(...)"
     )
 
 
