@@ -12,6 +12,7 @@ from diffattn.cores import (
 )
 from diffattn.patch import PatchHandle, patch, patched, status, unpatch
 from diffattn.processors import LinearAttnProcessor, MQAAttnProcessor
+from diffattn.streaming import Stream, streaming
 from diffattn.weights import load_weights, save_weights
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "MQAAttnProcessor",
     "PatchHandle",
     "SoftmaxAttention",
+    "Stream",
     "config",
     "finalize",
     "kernels",
@@ -32,5 +34,6 @@ __all__ = [
     "patched",
     "save_weights",
     "status",
+    "streaming",
     "unpatch",
 ]
