@@ -162,17 +162,42 @@ def inspect(
     width: Annotated[int | None, typer.Option(min=1, help="Pixels.", show_default=False)] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Of a video. Default: 81.", show_default=False)] = None,
     every: Annotated[bool, typer.Option("--every", help="A row for each layer, also where many are alike.")] = False,
+    fidelity: Annotated[
+        bool,
+        typer.Option("--fidelity", help="Load the weights and measure how far --core is from each layer it replaces."),
+    ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Folder or hub id of weights of the cores, for --fidelity.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What a pipeline draws for --fidelity.", show_default=False)
+    ] = None,
 ) -> None:
-    """List a model's attention layers and what patch would do, from its config alone: no weights are loaded."""
+    """List a model's attention layers and what patch would do, from its config alone but for --fidelity."""
     from diffattn.cli_inspect import show
     from diffattn.inspect import inspect_model
 
     if size and (height or width):
         raise fail("--size: name it, or --height and --width")
+    if fidelity and not core and not weights:
+        raise fail("--fidelity: name what replaces softmax attention with --core or --weights")
+    if (weights or prompt) and not fidelity:
+        raise fail("--weights and --prompt are for --fidelity")
     try:
         found = inspect_model(
-            model, core, layers=layers or None, height=height or size, width=width or size, frames=frames
+            model,
+            core,
+            layers=layers or None,
+            height=height or size,
+            width=width or size,
+            frames=frames,
+            weights=weights,
         )
+        if fidelity:
+            from diffattn.fidelity import PROMPT, add_fidelity
+
+            options = dict(layers=layers or None, weights=weights, height=height or size, width=width or size)
+            found = add_fidelity(found, model, core, prompt=prompt or PROMPT, **options)
     except (OSError, ValueError) as error:
         raise fail(_first_line(error)) from None
     show(found, model, every=every)

@@ -27,9 +27,11 @@ def show(inspection: Inspection, title: str, *, every: bool = False) -> None:
     table = Table("n", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for heading in ("layer", "class", "heads x dim", "tokens", "attention", "est. share", "patch"):
         table.add_column(heading, overflow="fold")
+    if inspection.measured_on:
+        table.add_column("rel. error")
     table.columns[0].justify = "right"
     notes: dict[str, int] = {}
-    for row, members in ((r, 1) for r in rows) if every else alike(rows):
+    for row, members in ((r, 1) for r in rows) if every or inspection.measured_on else alike(rows):
         note = notes.setdefault(f"{row.installs or 'stock stays'}: {row.why}", len(notes) + 1)
         table.add_row(
             str(members),
@@ -40,10 +42,17 @@ def show(inspection: Inspection, title: str, *, every: bool = False) -> None:
             row.mechanism if row.context in ("itself", "?") else f"{row.mechanism}, to {row.context}",
             "?" if row.share is None else percent(row.share),
             f"{'patched' if row.installs else 'stock'} [{note}]",
+            *(["" if row.error is None else f"{row.error:.3f}"] if inspection.measured_on else []),
         )
     console.print(table)
     for text, note in notes.items():
         console.print(f"[{note}] {text}", soft_wrap=True)
+    if inspection.measured_on:
+        console.print(
+            "rel. error: of the layer's output beside the stock layer's, on what the stock model gives it in "
+            f"{inspection.measured_on}; 0 is the same, 1 as bad as returning 0.",
+            soft_wrap=True,
+        )
     if inspection.share:
         console.print(
             "est. share: of the time of a stock forward, projections left out. An estimate, not measured: operations "

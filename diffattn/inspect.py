@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffattn.checkpoints import open_checkpoint
 from diffattn.cores import AttentionCore
 from diffattn.inspect_cost import Layers, SeeingCore
 from diffattn.inspect_inputs import Inputs
@@ -35,6 +36,7 @@ class AttentionRow:
         share: estimate of the part of a forward's time that it spends in attention proper, projections left out.
         installs: the core that `patch` would install; None if it would leave the layer.
         why: `patch` would do so.
+        error: of that core's layer, relative to what it replaces, if it was measured: `diffattn.fidelity`.
     """
 
     name: str
@@ -49,6 +51,7 @@ class AttentionRow:
     share: float | None = None
     installs: str | None = None
     why: str = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,13 @@ class Inspection:
     Attributes:
         inputs: component ("" for a bare model) -> what its forward was run with, in words, or why it was not run.
         share: component -> estimate of attention's part of its forward's time.
+        measured_on: what `error` of the rows was measured on, in words; "" if it was not.
     """
 
     rows: list[AttentionRow] = field(default_factory=list)
     inputs: dict[str, str] = field(default_factory=dict)
     share: dict[str, float] = field(default_factory=dict)
+    measured_on: str = ""
 
 
 def inspect_model(
@@ -73,13 +78,14 @@ def inspect_model(
     height: int | None = None,
     width: int | None = None,
     frames: int | None = None,
+    weights: str | None = None,
 ) -> Inspection:
     """List the attention layers of a model that is built from its config alone, on the meta device.
 
     Args:
         source: class name of diffusers (its default config), or a folder or hub id with a `config.json` or a
             pipeline's `model_index.json`.
-        core, layers: as `patch` takes them.
+        core, layers, weights: as `patch` takes them; of weights, only which layers they are for.
         height, width, frames: of the picture or video, in pixels; None takes the config's `sample_size`, else 1024
             (videos 512, 81 frames).
 
@@ -93,7 +99,8 @@ def inspect_model(
     found, unreachable = find_layers(target), find_unreachable(target)
     if not found and not unreachable:
         raise ValueError(f"{source}: no attention in {', '.join(type(m).__name__ for m in models.values())}")
-    planned, reasons, converted = make_plan(found, core, layers) if found else ([], {}, [])
+    checkpoint = None if weights is None else open_checkpoint(weights)
+    planned, reasons, converted = make_plan(found, core, layers, checkpoint) if found else ([], {}, [])
     installs = {layer.name: str(processor.core) for layer, processor in planned}
     reasons = reasons | {name: CONVERTED if name in converted else EXACT for name in installs} | unreachable
 
