@@ -9,6 +9,9 @@ from diffattn.cores import (
     GroupedQueryAttention,
     LinearAttention,
     SoftmaxAttention,
+    SparseLinearAttention,
+    WindowAttention,
+    set_grid,
 )
 from diffattn.patch import PatchHandle, patch, patched, status, unpatch
 from diffattn.processors import LinearAttnProcessor, MQAAttnProcessor
@@ -25,7 +28,9 @@ __all__ = [
     "MQAAttnProcessor",
     "PatchHandle",
     "SoftmaxAttention",
+    "SparseLinearAttention",
     "Stream",
+    "WindowAttention",
     "config",
     "finalize",
     "kernels",
@@ -33,6 +38,7 @@ __all__ = [
     "patch",
     "patched",
     "save_weights",
+    "set_grid",
     "status",
     "streaming",
     "unpatch",

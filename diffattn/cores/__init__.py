@@ -5,6 +5,8 @@ from diffattn.cores.causal import CausalLinearAttention, CausalState
 from diffattn.cores.gqa import GroupedQueryAttention
 from diffattn.cores.linear import LinearAttention
 from diffattn.cores.softmax import SoftmaxAttention
+from diffattn.cores.sparse_linear import SparseLinearAttention
+from diffattn.cores.window import WindowAttention, set_grid
 
 __all__ = [
     "AttentionCore",
@@ -15,6 +17,9 @@ __all__ = [
     "LinearAttention",
     "Rotary",
     "SoftmaxAttention",
+    "SparseLinearAttention",
+    "WindowAttention",
     "apply_rotary",
     "rotate_heads",
+    "set_grid",
 ]

@@ -30,7 +30,8 @@ class Blocks(NamedTuple):
 
 
 def number_of_blocks(tokens: int, size: int) -> int:
-    return -(-tokens // size)
+    # Not of a negative number: exporters round its quotient towards 0.
+    return (tokens + size - 1) // size
 
 
 def blocks_of_layout(layout: Tensor, rows: int, keys: int, whole: Tensor | None = None) -> Blocks:

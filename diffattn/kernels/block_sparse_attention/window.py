@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffattn.kernels._backend import exporting, use_triton
+from diffattn.kernels._backend import use_triton
 from diffattn.kernels._checks import check_qkv
 from diffattn.kernels.block_sparse_attention import MAX_HEAD_DIM, block_sparse_attention
 from diffattn.kernels.block_sparse_attention.blocks import Blocks, blocks_of_layout
@@ -51,8 +51,7 @@ def window_attention(q, k, v, radius, grid, *, text=(0, 0), bias=None, scale=Non
         k: (B, N, Hkv, D), dtype of q; H is a multiple of Hkv.
         v: (B, N, Hkv, E), dtype of q.
         radius: in tokens.
-        grid: (height, width) of the picture in tokens. While a model is being exported, integers in proportion are
-            enough: the size then follows from the number of tokens.
+        grid: (height, width) of the picture in tokens.
         text: number of tokens (before, behind) the picture.
         bias: (1 or B, N), added to the scores of a key; -inf hides it. Takes no gradient.
         scale: float; D ** -0.5 if None.
@@ -61,15 +60,14 @@ def window_attention(q, k, v, radius, grid, *, text=(0, 0), bias=None, scale=Non
     """
     check_qkv(q, k, v)
     N = q.shape[1]
-    if not exporting():
-        height, width = grid
-        if k.shape[1] != N or N != height * width + sum(text):
-            raise ValueError(
-                f"grid: got {height} x {width} and {text[0]} + {text[1]} tokens of text, expected as many tokens as q "
-                f"and k have, {N} and {k.shape[1]}"
-            )
+    height, width = grid
+    if k.shape[1] != N or N != height * width + sum(text):
+        raise ValueError(
+            f"grid: got {height} x {width} and {text[0]} + {text[1]} tokens of text, expected as many tokens as q "
+            f"and k have, {N} and {k.shape[1]}"
+        )
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM or not use_triton(q):
-        q_places, k_places = _places(N, grid, text, radius, q.device)
+        q_places, k_places = _places(grid, text, radius, q.device)
         mask = near(q_places, k_places)
         if bias is not None:
             mask = torch.where(mask, bias[:, None, None, :].to(q.dtype), -math.inf)
@@ -85,17 +83,13 @@ def window_attention(q, k, v, radius, grid, *, text=(0, 0), bias=None, scale=Non
     return out.index_select(1, plan.back)
 
 
-def _places(tokens, grid, text, radius, device):
+def _places(grid, text, radius, device):
     """(3, N) of queries and of keys, row by row: y, x and reach."""
-    width = grid[1]
-    before, after = text
-    at = torch.arange(tokens, device=device) - before
-    if exporting():
-        # The number of tokens is a symbol, of which a graph takes no root: a tensor is.
-        area = torch.full((), tokens - before - after, dtype=torch.float32, device=device)
-        width = (area * (grid[1] / grid[0])).sqrt().round().long()
+    height, width = grid
+    before, behind = text
+    at = torch.arange(before + height * width + behind, device=device) - before
     y, x = torch.div(at, width, rounding_mode="floor"), at % width
-    is_text = (at < 0) | (at >= tokens - before - after)
+    is_text = (at < 0) | (at >= height * width)
     # Squares of distances are whole numbers: half of one below the first that is too far.
     reach = math.ceil(radius**2) - 0.5
     place = torch.stack((y, x)).to(torch.float32)
@@ -104,12 +98,10 @@ def _places(tokens, grid, text, radius, device):
 
 
 def _plan(grid, text, radius, block, device) -> Plan:
-    height, width = grid
-    tokens = height * width + sum(text)
-    q_places, k_places = _places(tokens, grid, text, radius, device)
+    q_places, k_places = _places(grid, text, radius, device)
     rows, columns = TILES[block]
     y, x = q_places[:2].long()
-    tile = torch.div(y, rows, rounding_mode="floor") * width + torch.div(x, columns, rounding_mode="floor")
+    tile = torch.div(y, rows, rounding_mode="floor") * grid[1] + torch.div(x, columns, rounding_mode="floor")
     key = (tile * rows + y % rows) * columns + x % columns
     # Text comes last, so that it does not move the blocks away from the tiles.
     key = torch.where(k_places[2] > 0, torch.iinfo(torch.int64).max, key)
