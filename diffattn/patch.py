@@ -12,7 +12,13 @@ import torch
 from torch import nn
 
 from diffattn._config import COMPILE_MODES, config
-from diffattn.cores import AttentionCore, GroupedQueryAttention, LinearAttention
+from diffattn.cores import (
+    AttentionCore,
+    GroupedQueryAttention,
+    LinearAttention,
+    SparseLinearAttention,
+    WindowAttention,
+)
 from diffattn.layers import DENOISERS, Layer, find_layers, find_unreachable, models_of, names_of, refuse_finalized
 from diffattn.processors import CoreAttnProcessor
 from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_BY_GUIDANCE
@@ -25,6 +31,8 @@ CORES_BY_NAME = {
     "mqa-svd": lambda: GroupedQueryAttention(kv_heads=1, pooling="svd"),
     "linfusion": LinearAttention.linfusion,
     "hedgehog": lambda: LinearAttention("hedgehog"),
+    "sparse": SparseLinearAttention,
+    "window": WindowAttention,
 }
 # Attribute of a module that patch(compile=...) compiled.
 COMPILED = "_diffattn_compiled"
