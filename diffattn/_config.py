@@ -14,20 +14,27 @@ class Config:
             `"torch"` (plain torch everywhere). Environment: `DIFFATTN_BACKEND`.
         compile: what `patch(..., compile=None)` does: `None` (nothing), `"regional"` or `"full"`.
             Environment: `DIFFATTN_COMPILE` (`none`, `regional`, `full`).
+        autotune: `False`, or `True` to search for a kernel's fastest launch configuration where a GPU meets a new
+            size; it takes a minute or so, and what is found is kept in the user's cache folder. Results then may
+            differ in their last bits from those of another machine. Environment: `DIFFATTN_AUTOTUNE` (`0`, `1`), and
+            `DIFFATTN_CACHE` for the folder.
 
     Raises: ValueError on any other value, when it is assigned or read from the environment.
     """
 
     backend: str
     compile: str | None
+    autotune: bool
 
     def __init__(self):
         self.backend = os.environ.get("DIFFATTN_BACKEND", "auto")
         compile_mode = os.environ.get("DIFFATTN_COMPILE", "none")
         self.compile = None if compile_mode == "none" else compile_mode
+        autotune = os.environ.get("DIFFATTN_AUTOTUNE", "0")
+        self.autotune = {"0": False, "1": True}.get(autotune, autotune)
 
     def __setattr__(self, name, value):
-        allowed = {"backend": BACKENDS, "compile": COMPILE_MODES}
+        allowed = {"backend": BACKENDS, "compile": COMPILE_MODES, "autotune": (False, True)}
         if name not in allowed:
             raise AttributeError(f"diffattn.config has no option {name!r}; it has {', '.join(allowed)}")
         if value not in allowed[name]:
@@ -35,7 +42,7 @@ class Config:
         object.__setattr__(self, name, value)
 
     def __repr__(self):
-        return f"Config(backend={self.backend!r}, compile={self.compile!r})"
+        return f"Config(backend={self.backend!r}, compile={self.compile!r}, autotune={self.autotune!r})"
 
 
 config = Config()

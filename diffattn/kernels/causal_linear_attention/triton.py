@@ -13,7 +13,6 @@ k_n . dk_n that decayed, the gradient of g_t is the sum of r_n - s_n over all to
 of the last state with its gradient: each pair of tokens counts in the steps between the two.
 """
 
-import dataclasses
 
 import torch
 
@@ -55,11 +54,11 @@ def _launch(kernel: str, width: int, dtype: torch.dtype, block: int) -> Launch:
     table = CONFIGS[kernel]
     launch = table[min(w for w in table if w >= width)]
     if dtype != torch.bfloat16 and width > 64:
-        launch = dataclasses.replace(launch, warps=8, stages=1, resident=1)
+        launch = launch._replace(warps=8, stages=1, resident=1)
     if dtype == torch.float32:
-        launch = dataclasses.replace(launch, block=max(16, launch.block // 2), stages=1)
+        launch = launch._replace(block=max(16, launch.block // 2), stages=1)
     if kernel == "frames":
-        launch = dataclasses.replace(launch, block=min(launch.block, _padded(block)))
+        launch = launch._replace(block=min(launch.block, _padded(block)))
     return launch
 
 

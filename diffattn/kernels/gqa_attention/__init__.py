@@ -16,14 +16,12 @@ What runs where, with `config.backend` at `"auto"`:
 benchmarks/results/<gpu>/gqa_dispatch.json.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 from diffattn._config import config
 from diffattn.kernels._backend import exporting_to_onnx, use_triton
-from diffattn.kernels._checks import check_qkv, shape_of
+from diffattn.kernels._checks import check_mask, check_qkv, check_scale
 from diffattn.kernels.gqa_attention import ops  # noqa: F401  registers the operators
 from diffattn.kernels.gqa_attention.reference import gqa_attention_int8_reference, gqa_attention_reference
 
@@ -146,23 +144,5 @@ def _check(q, k, v, mask, scale):
     for name, x in (("q", q), ("v", v)):
         if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
             raise ValueError(f"{name}: got {x.shape[3]} features a head, expected 1 to {MAX_HEAD_DIM}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: got {scale}, expected a finite number or None")
-    if mask is None:
-        return
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"mask: got {type(mask).__name__}, expected a tensor or None")
-    dtypes = dict.fromkeys((torch.bool, q.dtype, torch.float32))
-    if mask.dtype not in dtypes:
-        raise TypeError(
-            f"mask: got {mask.dtype}, expected {' or '.join(map(str, dtypes))}: boolean (True attends) or additive"
-        )
-    if mask.device != q.device:
-        raise ValueError(f"mask: on {mask.device}, expected {q.device} as q")
-    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    if mask.ndim > 4 or any(
-        have != 1 and have != want for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
-    ):
-        raise ValueError(
-            f"mask: got shape {shape_of(mask)}, expected one that broadcasts to (B, H, N, M) = {tuple(full)}"
-        )
+    check_scale(scale)
+    check_mask(mask, q, k)

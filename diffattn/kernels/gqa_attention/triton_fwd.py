@@ -5,10 +5,13 @@ even for a few queries and a key block is read once for all of them. Sums, the s
 float32; every output element is written by one program, so results repeat bit for bit.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 
+from diffattn.kernels._autotune import size_class, tuned
 from diffattn.kernels.gqa_attention import hopper
 from diffattn.kernels.gqa_attention.triton import (
     LOG2E,
@@ -265,7 +268,17 @@ def gqa_attention_fwd(q, k, v, mask, scale, training, config=None, row_scales=No
         return out, stats, residual
     # Products of int8 take 32 features at a time.
     width = head_block(D, E, 16 if row_scales is None else 32)
-    rows, keys, warps, stages = config or _config(v.dtype, width, mask is not None, v.device)
+    if config is None:
+        key = (width, str(v.dtype), mask_kind(mask), mask_has_rows(mask), training, row_scales is not None)
+        key = (*key, size_class(G * N), size_class(M), size_class(B * Hkv))
+        config = tuned(
+            "gqa_attention forward",
+            key,
+            _config(v.dtype, width, mask is not None, v.device),
+            itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+            lambda config: gqa_attention_fwd(q, k, v, mask, scale, training, config, row_scales),
+        )
+    rows, keys, warps, stages = config
     # A few queries do not fill the tile.
     rows = min(rows, head_block(G * N))
     (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))

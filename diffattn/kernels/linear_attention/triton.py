@@ -1,12 +1,16 @@
 """Launchers of the Triton kernels: block sizes, how the tokens are cut among programs, scratch memory."""
 
 import contextlib
-import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
+from diffattn._config import config
+from diffattn.kernels._autotune import size_class, tuned
 from diffattn.kernels._backend import small_shared_memory
 from diffattn.kernels.linear_attention.triton_bwd import (
     linear_attention_dkv_bwd_kernel,
@@ -22,8 +26,7 @@ from diffattn.kernels.linear_attention.triton_state import (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """How one kernel runs: tokens a step, warps, pipeline stages, programs that fit a multiprocessor."""
 
     block: int
@@ -68,24 +71,25 @@ def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+@functools.lru_cache(maxsize=1024)
 def _launch(kernel: str, width: int, dtype: torch.dtype, rotary: bool = False, small: bool = False) -> Launch:
     table = CONFIGS[kernel]
     launch = table[min(w for w in table if w >= width)]
     if dtype != torch.bfloat16:
         # parts of 4 bytes
-        launch = dataclasses.replace(launch, stages=min(2, launch.stages))
+        launch = launch._replace(stages=min(2, launch.stages))
         if width > 64:
-            launch = dataclasses.replace(launch, warps=8, resident=1)
+            launch = launch._replace(warps=8, resident=1)
     if dtype == torch.float32:
-        launch = dataclasses.replace(launch, block=max(16, launch.block // 2), stages=1)
+        launch = launch._replace(block=max(16, launch.block // 2), stages=1)
     if rotary and width > 64:
         # tables of cos and sin to hold as well
-        launch = dataclasses.replace(launch, stages=min(launch.stages, 2 if width <= 128 else 1))
+        launch = launch._replace(stages=min(launch.stages, 2 if width <= 128 else 1))
         if kernel == "state":
-            launch = dataclasses.replace(launch, block=32, warps=8)
+            launch = launch._replace(block=32, warps=8)
     if small and (width > 64 or rotary):
         # Compiled for such GPUs, measured on none.
-        launch = dataclasses.replace(launch, stages=min(2, launch.stages), block=min(32, launch.block))
+        launch = launch._replace(stages=min(2, launch.stages), block=min(32, launch.block))
     return launch
 
 
@@ -96,13 +100,17 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _other_launches(launch: Launch) -> list[Launch]:
+    """What a search tries beside the table's choice."""
+    blocks = (max(16, launch.block // 2), launch.block, 2 * launch.block)
+    choices = itertools.product(blocks, (4, 8), (2, 3, 4), (1, 2, 4))
+    return [Launch(*choice) for choice in choices]
+
+
 @functools.lru_cache(maxsize=4096)
-def _cut(
-    kernel: str, width: int, dtype: torch.dtype, rotary: bool, device: torch.device, tokens: int, heads: int
-) -> tuple[Launch, int, int]:
-    """(launch, chunk, n_chunks) of a kernel that walks over the tokens of `heads` heads: n_chunks programs a head, of
-    `chunk` blocks each, so that all finish soonest if as many run at a time as fit the device."""
-    launch = _launch(kernel, width, dtype, rotary, small_shared_memory(device))
+def _cut(launch: Launch, device: torch.device, tokens: int, heads: int) -> tuple[int, int]:
+    """(chunk, n_chunks) of a kernel that walks over the tokens of `heads` heads: n_chunks programs a head, of `chunk`
+    blocks each, so that all finish soonest if as many run at a time as fit the device."""
     slots = _multiprocessors(device) * launch.resident
     steps = _cdiv(tokens, launch.block)
 
@@ -110,7 +118,7 @@ def _cut(
         return _cdiv(heads * chunks, slots) * (_cdiv(steps, chunks) + STEPS_PER_PROGRAM)
 
     chunk = _cdiv(steps, min(range(1, min(steps, _cdiv(8 * slots, heads)) + 1), key=finish))
-    return launch, chunk, _cdiv(steps, chunk)
+    return chunk, _cdiv(steps, chunk)
 
 
 def _alignment(*layouts: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
@@ -162,10 +170,20 @@ class _Problem:
         # the forward kernels' constants: heads share tiles
         self.packed = self.constants | packed
 
-    def cut(self, kernel: str, tokens: int, heads: int, e_blocks: int = 1, width: int = 0):
-        width = width or self.width
+    def run(self, kernel: str, function: Callable, tokens: int, heads: int, e_blocks: int = 1, width: int = 0):
+        """function(launch, chunk, n_chunks), with the table's launch, or the fastest where a search is asked for."""
         rotary = self.constants["ROTARY"] > 0
-        return _cut(kernel, width, self.dtype, rotary, self.device, tokens, self.B * heads * e_blocks)
+        programs = self.B * heads * e_blocks
+
+        def launched(launch):
+            return function(launch, *_cut(launch, self.device, tokens, programs))
+
+        launch = _launch(kernel, width or self.width, self.dtype, rotary, small_shared_memory(self.device))
+        if config.autotune:
+            problem = (self.D, self.E, self.pack, str(self.constants["MAP"]), rotary, str(self.dtype))
+            key = (*problem, size_class(tokens), size_class(programs))
+            launch = tuned(f"linear_attention {kernel}", key, launch, _other_launches(launch), launched)
+        return launched(launch)
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(shape, device=self.device, dtype=dtype)
@@ -253,18 +271,21 @@ def linear_attention_bwd(grad, q, k, v, cos, sin, state, feature_map, eps):
 
 def _key_state(p: _Problem, k, v):
     heads = p.Hkv // p.pack
-    launch, chunk, n_chunks = p.cut("state", p.M, heads, p.e_blocks, p.packed_width)
 
     def sum_keys(rotated, online, log_sum):
         part_size = p.state_size + (p.D if online else 0)
-        parts = p.empty(p.B, p.Hkv, n_chunks, part_size)
-        linear_attention_state_fwd_kernel[(p.B * heads * n_chunks, p.e_blocks)](
-            k, v, *p.rotary[:2], log_sum, parts, *k.stride(), *v.stride(), *p.rotary[2:],
-            p.M, p.Hkv, n_chunks, chunk, **(p.packed if rotated else {**p.packed, "ROTARY": 0}), BM=launch.block,
-            ALIGN=_aligned(k, v), PARTS=p.parts, ONLINE=online, PART_SIZE=part_size, STAGES=launch.stages,
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-        return p.reduce(parts, online)
+
+        def launched(launch, chunk, n_chunks):
+            parts = p.empty(p.B, p.Hkv, n_chunks, part_size)
+            linear_attention_state_fwd_kernel[(p.B * heads * n_chunks, p.e_blocks)](
+                k, v, *p.rotary[:2], log_sum, parts, *k.stride(), *v.stride(), *p.rotary[2:],
+                p.M, p.Hkv, n_chunks, chunk, **(p.packed if rotated else {**p.packed, "ROTARY": 0}), BM=launch.block,
+                ALIGN=_aligned(k, v), PARTS=p.parts, ONLINE=online, PART_SIZE=part_size, STAGES=launch.stages,
+                num_warps=launch.warps, num_stages=launch.stages,
+            )  # fmt: skip
+            return p.reduce(parts, online)
+
+        return p.run("state", launched, p.M, heads, p.e_blocks, p.packed_width)
 
     if not p.softmax:
         return sum_keys(rotated=True, online=False, log_sum=k)
@@ -279,17 +300,20 @@ def _key_state(p: _Problem, k, v):
 
 def _write_output(p: _Problem, q, state, o, eps):
     heads = p.H // p.pack
-    launch, chunk, n_chunks = p.cut("output", p.N, heads, p.e_blocks, p.packed_width)
     parts = p.parts
     if p.width >= 128 and p.dtype == torch.float16:
         parts = "tf32x1"
     if p.width >= 128 and p.dtype == torch.bfloat16 and not p.raw:
         parts = "tf32cut"
-    linear_attention_output_fwd_kernel[(p.B * heads * n_chunks, p.e_blocks)](
-        q, *p.rotary[:2], state, o, *q.stride(), *p.rotary[2:], p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps,
-        **p.packed, BN=launch.block, ALIGN=_aligned(q), PARTS=parts,
-        STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+
+    def launched(launch, chunk, n_chunks):
+        linear_attention_output_fwd_kernel[(p.B * heads * n_chunks, p.e_blocks)](
+            q, *p.rotary[:2], state, o, *q.stride(), *p.rotary[2:], p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps,
+            **p.packed, BN=launch.block, ALIGN=_aligned(q), PARTS=parts,
+            STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+
+    p.run("output", launched, p.N, heads, p.e_blocks, p.packed_width)
 
 
 def _write_dq(p: _Problem, grad, q, state, dq, eps):
@@ -297,17 +321,20 @@ def _write_dq(p: _Problem, grad, q, state, dq, eps):
 
     def queries_bwd(kernel, dq, do_dq, do_dstate):
         e_blocks = 1 if do_dq else p.e_blocks
-        launch, chunk, n_chunks = p.cut(kernel, p.N, p.H, e_blocks)
-        dnormalizer = p.empty(p.B, p.H, n_chunks, p.D if do_dq and not p.softmax else 0)
-        dstate = p.empty(p.B, p.H, n_chunks, p.D * p.E if do_dstate else 0)
-        linear_attention_dq_bwd_kernel[(p.B * p.H * n_chunks, e_blocks)](
-            grad, q, *p.rotary[:2], state, dq, dnormalizer, dstate, *grad.stride(), *q.stride(), *p.rotary[2:],
-            p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block, ALIGN=_aligned(grad, q),
-            PARTS=p.parts, DQ=do_dq, DSTATE=do_dstate, STAGES=launch.stages,
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-        # the parts of the query heads that share a kv head lie side by side
-        return (x.view(p.B, p.Hkv, p.H // p.Hkv * n_chunks, x.shape[-1]) for x in (dnormalizer, dstate))
+
+        def launched(launch, chunk, n_chunks):
+            dnormalizer = p.empty(p.B, p.H, n_chunks, p.D if do_dq and not p.softmax else 0)
+            dstate = p.empty(p.B, p.H, n_chunks, p.D * p.E if do_dstate else 0)
+            linear_attention_dq_bwd_kernel[(p.B * p.H * n_chunks, e_blocks)](
+                grad, q, *p.rotary[:2], state, dq, dnormalizer, dstate, *grad.stride(), *q.stride(), *p.rotary[2:],
+                p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block, ALIGN=_aligned(grad, q),
+                PARTS=p.parts, DQ=do_dq, DSTATE=do_dstate, STAGES=launch.stages,
+                num_warps=launch.warps, num_stages=launch.stages,
+            )  # fmt: skip
+            # the parts of the query heads that share a kv head lie side by side
+            return (x.view(p.B, p.Hkv, p.H // p.Hkv * n_chunks, x.shape[-1]) for x in (dnormalizer, dstate))
+
+        return p.run(kernel, launched, p.N, p.H, e_blocks)
 
     if p.width <= max(CONFIGS["queries"]):
         dnormalizer, dstate = queries_bwd("queries", dq, True, True)
@@ -320,18 +347,21 @@ def _write_dq(p: _Problem, grad, q, state, dq, eps):
 def _write_dk_dv(p: _Problem, k, v, state, dstate, dnormalizer, dk, dv):
     def keys_bwd(kernel, dnormalizer, do_dk=False, do_dv=False):
         """do_dk, do_dv: write them. With neither, return the correction of the softmax over tokens."""
-        launch, chunk, n_chunks = p.cut(kernel, p.M, p.Hkv)
         correct = not (do_dk or do_dv)
         # float16 parts of wide heads: see `_write_output`
         precision = "tf32x1" if p.dtype == torch.float16 and do_dv and not do_dk else p.parts
-        parts = p.empty(p.B, p.Hkv, n_chunks, p.D if correct else 0)
-        linear_attention_dkv_bwd_kernel[(p.B * p.Hkv * n_chunks,)](
-            k, v, *p.rotary[:2], state, dstate, dnormalizer, parts if correct else dk, dv,
-            *k.stride(), *v.stride(), *p.rotary[2:], p.M, p.Hkv, n_chunks, chunk, **p.constants, BM=launch.block,
-            ALIGN=_aligned(k, v), PARTS=precision, DK=do_dk, DV=do_dv, CORRECT=correct, STAGES=launch.stages,
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-        return p.reduce(parts) if correct else None
+
+        def launched(launch, chunk, n_chunks):
+            parts = p.empty(p.B, p.Hkv, n_chunks, p.D if correct else 0)
+            linear_attention_dkv_bwd_kernel[(p.B * p.Hkv * n_chunks,)](
+                k, v, *p.rotary[:2], state, dstate, dnormalizer, parts if correct else dk, dv,
+                *k.stride(), *v.stride(), *p.rotary[2:], p.M, p.Hkv, n_chunks, chunk, **p.constants, BM=launch.block,
+                ALIGN=_aligned(k, v), PARTS=precision, DK=do_dk, DV=do_dv, CORRECT=correct, STAGES=launch.stages,
+                num_warps=launch.warps, num_stages=launch.stages,
+            )  # fmt: skip
+            return p.reduce(parts) if correct else None
+
+        return p.run(kernel, launched, p.M, p.Hkv)
 
     if p.softmax and p.constants["ROTARY"]:
         dnormalizer = keys_bwd("dk", state)
