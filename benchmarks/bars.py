@@ -2,8 +2,8 @@
 
     python benchmarks/bars.py --results benchmarks/results/<gpu>
 
-Prints a line a bar: its limit, the worst case and its figure. Reads kernels*.json and models.json, draws on nothing
-else; a bar whose rows are not there is printed as not measured.
+Prints a line a bar: its limit, the worst case and its figure. Reads kernels*.json, models.json and linfusion.json,
+draws on nothing else; a bar whose rows are not there is printed as not measured.
 """
 
 import argparse
@@ -134,6 +134,11 @@ def model_bars(content: dict) -> Iterator[tuple[str, str, float, list[tuple[floa
         yield f"{name}, {mode}: times as fast as stock", "least", limit, figures
 
 
+def linfusion_bars(content: dict) -> Iterator[tuple[str, str, float, list[tuple[float, str]]]]:
+    figures = [(row["speedup"], row["case"]) for row in content["rows"] if "speedup" in row]
+    yield "UNets with LinFusion's weights: times as fast as LinFusion's modules", "least", 1.0, figures
+
+
 def line(what: str, kind: str, limit: float, figures: list[tuple[float, str]]) -> str:
     if not figures:
         return f"  ?   {what}: {kind} {limit:g}, not measured"
@@ -148,9 +153,10 @@ def main() -> None:
     results = parser.parse_args().results
     for bar in kernel_bars(Rows(results)):
         print(line(*bar))
-    models = results / "models.json"
-    for bar in model_bars(json.loads(models.read_text()) if models.is_file() else {"rows": []}):
-        print(line(*bar))
+    for name, bars in (("models.json", model_bars), ("linfusion.json", linfusion_bars)):
+        file = results / name
+        for bar in bars(json.loads(file.read_text()) if file.is_file() else {"rows": []}):
+            print(line(*bar))
 
 
 if __name__ == "__main__":

@@ -310,3 +310,21 @@ def test_bars_are_judged_by_their_worst_case(tmp_path, capsys, monkeypatch):
     assert "MISS  gqa_attention over torch's best kernel: at most 1.03, 2 (far; 2 measured)" in out
     assert "ok  Lumina 2 1024px, eager: times as fast as stock: at least 1.25, 1.3 (bound 1.6; 1 measured)" in out
     assert "?   Sana 1.6B 1024px, eager: times as fast as stock: least 1.55, not measured" in out
+
+
+# ---- LinFusion ----
+
+
+def test_linfusions_modules_and_ours_are_one_formula(tmp_path):
+    import linfusion
+
+    from tests.models.base import Rand
+    from tests.models.unets import build_unet, unet_inputs
+
+    unet = build_unet().eval()
+    inputs = unet_inputs(Rand(torch.Generator().manual_seed(0)))
+    variants = linfusion.Variants(unet, tmp_path)
+    outputs = {name: variants.call(name, inputs) for name in (*linfusion.NAMES, "stock")}
+    assert error(outputs["diffattn"], outputs["linfusion"]) <= 1e-5
+    assert error(outputs["stock"], outputs["linfusion"]) > 1e-3
+    assert variants.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1").processor is not None
