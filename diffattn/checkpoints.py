@@ -213,6 +213,8 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _folder(path_or_repo: str | Path) -> Path:
+    if not isinstance(path_or_repo, (str, Path)):
+        raise TypeError(f"weights: got {type(path_or_repo).__name__}, expected a folder or a hub id")
     path = Path(path_or_repo)
     if path.suffix in PICKLES:
         raise ValueError(

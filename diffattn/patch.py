@@ -249,7 +249,10 @@ def _matcher(layers: Layers | None) -> Callable[[Layer], bool]:
         return lambda layer: True
     if callable(layers):
         return lambda layer: bool(layers(layer.name, layer.attn))
-    patterns = [layers] if isinstance(layers, str) else list(layers)
+    several = isinstance(layers, Iterable) and not isinstance(layers, str)
+    patterns = list(layers) if several else [layers]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"layers: got {layers!r}, expected a glob, a list of globs or a function (name, attn) -> bool")
     return lambda layer: any(fnmatch.fnmatchcase(n, p) for n in (layer.name, layer.path) for p in patterns)
 
 

@@ -1,6 +1,7 @@
 """Linear attention: a feature map instead of the softmax, and a cost linear in the number of tokens."""
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from diffattn.cores.base import AttentionCore, LayerInfo, Rotary, rotate_heads
 from diffattn.cores.feature_maps import HedgehogMap, InputMLP
 from diffattn.kernels import linear_attention
+from diffattn.kernels._checks import check_mask, check_scale
 
 FIXED_MAPS = ("relu", "elu1", "softmax")
 FEATURE_MAPS = (*FIXED_MAPS, "hedgehog")
@@ -58,6 +60,10 @@ class LinearAttention(AttentionCore):
             )
         if normalizer not in ("sum", "mean"):
             raise ValueError(f"normalizer: got {normalizer!r}, expected 'sum' or 'mean'")
+        if not isinstance(eps, numbers.Real):
+            raise TypeError(f"eps: got {type(eps).__name__}, expected a number")
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"eps: got {eps}, expected 0 or more")
         if input_map is not None and input_map not in INPUT_MAPS:
             raise ValueError(f"input_map: got {input_map!r}, expected None or one of {', '.join(INPUT_MAPS)}")
         if mid_dim is not None and (input_map is None or not isinstance(mid_dim, int) or mid_dim < -1 or mid_dim == 0):
@@ -104,6 +110,7 @@ class LinearAttention(AttentionCore):
 
     def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
         if scale is not None:
+            check_scale(scale)
             q = q * (scale * math.sqrt(q.shape[-1]))
         feature_map = self.feature_map
         if feature_map == "hedgehog":
@@ -144,6 +151,7 @@ class LinearAttention(AttentionCore):
 
 def _mask_keys(q: Tensor, k: Tensor, feature_map: str | None, mask: Tensor):
     """Weigh phi(k_m) by exp(mask_m), as the additive mask of a softmax weighs its keys."""
+    check_mask(mask, q, k)
     # [B or 1, 1, 1, M] -> [B or 1, M, 1, 1]
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)

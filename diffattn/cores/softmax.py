@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffattn.cores.base import AttentionCore, rotate_heads
+from diffattn.kernels._checks import check_mask, check_qkv, check_scale
 
 
 class SoftmaxAttention(AttentionCore):
@@ -21,11 +22,16 @@ class SoftmaxAttention(AttentionCore):
     dispatch: Callable[..., Tensor] | None = None
 
     def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
+        check_qkv(q, k, v)
+        check_mask(mask, q, k)
+        check_scale(scale)
         q, k = rotate_heads(q, k, rotate)
         grouped = bool(k.shape[2] != q.shape[2])  # torch.jit.trace has tensors for sizes
         if self.dispatch is not None:
             return self.dispatch(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if mask is not None and mask.dim() < 2:
+            mask = mask[None]  # torch wants queries and keys in it
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2)
 

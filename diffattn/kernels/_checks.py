@@ -1,5 +1,8 @@
 """What every kernel asks of q, k and v."""
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -35,3 +38,38 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k: got {k.shape[2]} heads, expected a divisor of the {H} heads of q")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v: got shape {shape_of(v)}, expected {shape_of(k)[:3]} + (E,) for k of shape {shape_of(k)}")
+
+
+def check_scale(scale: float | None) -> None:
+    """Raises: TypeError or ValueError if `scale` is neither a finite number nor None."""
+    if scale is None:
+        return
+    if not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale: got {type(scale).__name__}, expected a number or None")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number or None")
+
+
+def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """Refuse what is neither None nor a boolean or additive tensor that broadcasts to (B, H, N, M).
+
+    Raises: TypeError or ValueError, naming what came and what would fit.
+    """
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask: got {type(mask).__name__}, expected a tensor or None")
+    dtypes = dict.fromkeys((torch.bool, q.dtype, torch.float32))
+    if mask.dtype not in dtypes:
+        raise TypeError(
+            f"mask: got {mask.dtype}, expected {' or '.join(map(str, dtypes))}: boolean (True attends) or additive"
+        )
+    if mask.device != q.device:
+        raise ValueError(f"mask: on {mask.device}, expected {q.device} as q")
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if mask.ndim > 4 or any(
+        have != 1 and have != want for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"mask: got shape {shape_of(mask)}, expected one that broadcasts to (B, H, N, M) = {tuple(full)}"
+        )

@@ -222,6 +222,11 @@ def _call_norm(norm: nn.Module | None, x: Tensor, all_heads: bool) -> Tensor:
     return norm(x)
 
 
+def refuse_other_than_tensor(mask) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask: got {type(mask).__name__}, expected a tensor or None")
+
+
 def broadcast_mask(attn: nn.Module, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """Bring a mask of diffusers, (B, 1 or N, M) or (B H, 1 or N, M), to (B, 1 or H, 1 or N, M).
 
@@ -229,6 +234,7 @@ def broadcast_mask(attn: nn.Module, mask: Tensor | None, batch: int, length: int
     """
     if mask is None:
         return None
+    refuse_other_than_tensor(mask)
     if mask.shape[-1] != length or mask.dim() != 3:
         mask = attn.prepare_attention_mask(mask, length, batch)
     if mask.shape[0] >= batch * attn.heads:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from diffattn.cores import AttentionCore, Rotary
-from diffattn.processors.base import CoreAttnProcessor, calls_fused, norm_and_rotate, normalize, project_heads
+from diffattn.processors.base import (
+    CoreAttnProcessor,
+    calls_fused,
+    norm_and_rotate,
+    normalize,
+    project_heads,
+    refuse_other_than_tensor,
+)
 from diffattn.processors.rotary import HeadRotary, attend_by_head, join
 
 
@@ -111,7 +118,10 @@ def project_out(attn: nn.Module, hidden_states: Tensor) -> Tensor:
 
 def mask_for(mask: Tensor | None, q: Tensor) -> Tensor | None:
     """The masks that diffusers' attention backends take, as the cores do: one of shape (B, M) hides keys."""
-    if mask is None or mask.dim() > 2:
+    if mask is None:
+        return None
+    refuse_other_than_tensor(mask)
+    if mask.dim() > 2:
         return mask
     return mask[:, None, None, :] if mask.shape[0] == q.shape[0] else mask[None, None]
 
