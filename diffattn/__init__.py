@@ -4,8 +4,12 @@ from diffattn import kernels
 from diffattn._config import config
 from diffattn.convert import finalize
 from diffattn.cores import (
+    RWKV6,
+    RWKV7,
     AttentionCore,
     CausalLinearAttention,
+    GatedDeltaRule,
+    GatedLinearAttention,
     GroupedQueryAttention,
     LinearAttention,
     SoftmaxAttention,
@@ -20,8 +24,12 @@ from diffattn.weights import load_weights, save_weights
 
 __version__ = "0.1.0"
 __all__ = [
+    "RWKV6",
+    "RWKV7",
     "AttentionCore",
     "CausalLinearAttention",
+    "GatedDeltaRule",
+    "GatedLinearAttention",
     "GroupedQueryAttention",
     "LinearAttention",
     "LinearAttnProcessor",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffattn.cores import (
     AttentionCore,
-    CausalLinearAttention,
+    CausalCore,
     CausalState,
     GroupedQueryAttention,
     SoftmaxAttention,
@@ -45,10 +45,10 @@ def streaming(
             for frame in frames:
                 out = stream(frame, ...)
 
-    Layers with a `CausalLinearAttention` core keep its state; softmax self-attention with a core of diffattn's keeps
-    the keys and values of the first `sink` and the last `window` frames; SANA-Video's temporal convolutions keep a
-    frame and see nothing in place of the next one, and its rotary embedding goes on counting. Cross-attention is as
-    ever. Cutting the frames differently changes nothing, all of them at once included.
+    Layers with a causal core (`CausalLinearAttention`, `RWKV7`, ...) keep its state; softmax self-attention with a
+    core of diffattn's keeps the keys and values of the first `sink` and the last `window` frames; SANA-Video's
+    temporal convolutions keep a frame and see nothing in place of the next one, and its rotary embedding goes on
+    counting. Cross-attention is as ever. Cutting the frames differently changes nothing, all of them at once included.
 
     Args:
         model: a core, a model made of them, or a diffusers model patched with `CausalLinearAttention(block=...)`,
@@ -122,7 +122,7 @@ class Stream:
         self.model, self.frames_per_chunk = model, frames_per_chunk
         self.window, self.sink, self.time_dim = window, sink, time_dim
         self._plan, self._names = _plan(model, window)
-        blocks = {core.block for core in self._plan if isinstance(core, CausalLinearAttention)}
+        blocks = {core.block for core in self._plan if isinstance(core, CausalCore)}
         if len(blocks) > 1:
             raise ValueError(f"model: its cores have {sorted(blocks)} tokens a frame, expected one number")
         self._block = blocks.pop() if blocks else 1
@@ -190,7 +190,7 @@ class Stream:
         by_name = {name: module for module, name in self._names.items()}
         for name, memory in saved["layers"].items():
             module = by_name[name]
-            if isinstance(memory, CausalState) != isinstance(module, CausalLinearAttention):
+            if isinstance(memory, CausalState) != isinstance(module, CausalCore):
                 raise ValueError(f"saved: {name} was another kind of layer")
         self._load(saved)
 
@@ -278,7 +278,7 @@ class Stream:
     # What modules do in a stream
 
     def _causal(self, core, stock, q, k, v, *, mask=None, scale=None, rotate=None):
-        if q.shape[1] != self._count * core.block:
+        if core.block > 1 and q.shape[1] != self._count * core.block:
             raise ValueError(
                 f"{self._names[core]}: got {q.shape[1]} tokens for {self._count} frames, expected {core.block} "
                 "a frame: CausalLinearAttention(block=...) is the tokens of a frame"
@@ -406,7 +406,7 @@ def _plan(model: nn.Module, window: int | None) -> tuple[dict[nn.Module, Any], d
         if module in apart:
             continue
         kind = type(module).__name__
-        if isinstance(module, CausalLinearAttention):
+        if isinstance(module, CausalCore):
             add(module, name, Stream._causal)
         elif isinstance(module, (SoftmaxAttention, GroupedQueryAttention)):
             add(module, name, Stream._windowed)

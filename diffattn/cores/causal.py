@@ -17,7 +17,7 @@ FEATURE_MAPS = ("relu", "elu1", None)
 
 
 class CausalState:
-    """What a `CausalLinearAttention` layer remembers: made by its `new_state`, updated in place by its calls.
+    """What a layer with a `CausalCore` remembers: made by its `new_state`, updated in place by its calls.
 
     Attributes:
         numerator: S, and with it the normalizer where queries and keys do not rotate.
@@ -25,7 +25,7 @@ class CausalState:
         layer: the core that it belongs to.
     """
 
-    def __init__(self, layer: "CausalLinearAttention", numerator: LinearState, denominator: LinearState | None):
+    def __init__(self, layer: "CausalCore", numerator: LinearState, denominator: LinearState | None):
         self.layer, self.numerator, self.denominator = layer, numerator, denominator
 
     def __iter__(self) -> Iterator[LinearState]:
@@ -54,7 +54,50 @@ class CausalState:
         return [state.tensor for state in self]
 
 
-class CausalLinearAttention(AttentionCore):
+class CausalCore(AttentionCore):
+    """A core whose tokens see those before them and themselves, and whose past fits in a `CausalState`.
+
+    Attributes:
+        block: tokens that see one another, 1 or those of a frame.
+        feature_map: what maps keys before they enter the state, or None.
+    """
+
+    # Declared, not set: a class attribute would hide a module of that name.
+    block: int
+    feature_map: str | nn.Module | None
+    #: whether the state holds a normalizer
+    normalize = False
+
+    def new_state(
+        self, batch: int, kv_heads: int, head_dim: int, value_dim: int | None = None, *, rotated: bool = False,
+        device: torch.device | str | None = None,
+    ) -> CausalState:  # fmt: skip
+        """A state for `batch` samples, all zeros.
+
+        Args:
+            head_dim: features after the map.
+            rotated: whether calls will come with `rotate`.
+        """
+        apart = rotated and self.normalize
+        size = dict(device=device, owner=self)
+        numerator = LinearState(batch, kv_heads, head_dim, value_dim, normalize=self.normalize and not rotated, **size)
+        denominator = LinearState(batch, kv_heads, head_dim, 1, normalize=False, **size) if apart else None
+        return CausalState(self, numerator, denominator)
+
+    def check_state(self, state: CausalState, rotated: bool) -> None:
+        """Refuse a state that is none of this layer's. Raises: TypeError or ValueError; no state has changed."""
+        if not isinstance(state, CausalState):
+            raise TypeError(
+                f"state: got {type(state).__name__}, expected a CausalState, from this layer's new_state()"
+            )
+        if state.layer is not self:
+            raise ValueError("state: it belongs to another layer, expected one from this layer's new_state()")
+        if self.normalize and rotated != (state.denominator is not None):
+            was = "with" if state.denominator is not None else "without"
+            raise ValueError(f"state: made for calls {was} a rotary embedding, and this one is the other kind")
+
+
+class CausalLinearAttention(CausalCore):
     """Causal linear attention (Katharopoulos et al. 2020) and its decayed kind, as `causal_linear_attention` has it.
 
     S_t = exp(g_t) S_(t-1) + sum_m R phi(k_m) v_m^T,   o_n = R phi(q_n) S_t / (phi(q_n) . z_t + eps)
@@ -158,34 +201,6 @@ class CausalLinearAttention(AttentionCore):
         return run_causal_linear_attention(
             q, k, v, decay, state, feature_map=feature_map, normalize=normalize, block=self.block, eps=self.eps
         )
-
-    def new_state(
-        self, batch: int, kv_heads: int, head_dim: int, value_dim: int | None = None, *, rotated: bool = False,
-        device: torch.device | str | None = None,
-    ) -> CausalState:  # fmt: skip
-        """A state for `batch` samples, all zeros.
-
-        Args:
-            head_dim: features after the map.
-            rotated: whether calls will come with `rotate`.
-        """
-        apart = rotated and self.normalize
-        size = dict(device=device, owner=self)
-        numerator = LinearState(batch, kv_heads, head_dim, value_dim, normalize=self.normalize and not rotated, **size)
-        denominator = LinearState(batch, kv_heads, head_dim, 1, normalize=False, **size) if apart else None
-        return CausalState(self, numerator, denominator)
-
-    def check_state(self, state: CausalState, rotated: bool) -> None:
-        """Refuse a state that is none of this layer's. Raises: TypeError or ValueError; no state has changed."""
-        if not isinstance(state, CausalState):
-            raise TypeError(
-                f"state: got {type(state).__name__}, expected a CausalState, from this layer's new_state()"
-            )
-        if state.layer is not self:
-            raise ValueError("state: it belongs to another layer, expected one from this layer's new_state()")
-        if self.normalize and rotated != (state.denominator is not None):
-            was = "with" if state.denominator is not None else "without"
-            raise ValueError(f"state: made for calls {was} a rotary embedding, and this one is the other kind")
 
     def _decay_of(self, k: Tensor) -> Tensor | None:
         if self.decay is None:
