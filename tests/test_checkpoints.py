@@ -241,3 +241,26 @@ def test_layers_of_the_weights_can_be_chosen(unet, ours):
     diffattn.unpatch(unet)
     handle = diffattn.patch(unet, weights=str(ours))
     assert handle.skipped["mid_block.attentions.0.transformer_blocks.0.attn2"] == "not among the weights"
+
+
+def test_hub_ids(unet, linfusion, monkeypatch):
+    """Asked for safetensors and configs alone; what the hub cannot give is said."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    folder, asked = linfusion(), {}
+
+    def download(repo, allow_patterns):
+        asked[repo] = allow_patterns
+        if repo == "user/missing":
+            raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # it is made of a response of the server
+        if repo == "user/offline":
+            raise LocalEntryNotFoundError("no connection\nand more")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    diffattn.patch(unet, "linfusion", weights="user/linfusion")
+    assert not any(".bin" in pattern or pattern == "*" for pattern in asked["user/linfusion"])
+    for repo, match in (("user/missing", "'user/missing', expected a folder"), ("user/offline", "no connection$")):
+        with pytest.raises(FileNotFoundError, match=match):
+            diffattn.patch(UNET.model(), weights=repo)

@@ -164,3 +164,17 @@ def test_configurations_go_to_json_and_back():
 def test_bad_arguments(arguments, match):
     with pytest.raises(ValueError, match=match):
         LinearAttention(**arguments)
+
+
+def test_hedgehog_serves_models_with_rotations_and_norms():
+    from tests.models import BY_NAME
+
+    for name in ("FluxTransformer2DModel", "SD3Transformer2DModel", "WanTransformer3DModel"):
+        tiny = BY_NAME[name]
+        model = tiny.model()
+        stock = tiny.run(model)
+        handle = diffattn.patch(model, "hedgehog")
+        out = tiny.run(model)
+        assert handle.installed and out.isfinite().all() and not torch.equal(out, stock)
+        out.square().sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in next(iter(handle.installed.values())).parameters())

@@ -116,13 +116,18 @@ class CoreAttnProcessor(nn.Module):
 
 
 def _head_dim(attn: nn.Module, heads: int) -> int | None:
-    for name in ("head_dim", "attention_head_dim"):
+    """By whichever name the attention class has for it, else of its query projection."""
+    for name in ("head_dim", "attention_head_dim", "dim_heads"):
         if isinstance(getattr(attn, name, None), int):
             return getattr(attn, name)
     if hasattr(attn, "inner_dim"):
         return attn.inner_dim // heads
-    width = getattr(getattr(attn, "to_q", None), "out_features", None)
-    return None if width is None else width // heads
+    for name, joined in (("to_q", 1), ("to_query", 1), ("qkv", 3)):
+        module = getattr(attn, name, None)
+        width = getattr(module, "out_features", None) or getattr(module, "out_channels", None)
+        if width is not None:
+            return width // joined // heads
+    return None
 
 
 def _refuse_lost_settings(processor: CoreAttnProcessor, attn: nn.Module) -> None:

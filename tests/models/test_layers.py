@@ -56,11 +56,39 @@ def test_in_bfloat16_each_layer_errs_as_little_as_stock(tiny):
             assert relative_error(flat(ours), flat(exact)) <= 2 * error + torch.finfo(torch.bfloat16).eps / 8, name
 
 
+class Seen(diffattn.SoftmaxAttention):
+    """Keeps what it was told of its layer, and what it was given."""
+
+    def prepare(self, layer):
+        self.told = layer
+
+    def forward(self, q, k, v, **options):
+        self.given = q.shape[2:], k.shape[2:]
+        return super().forward(q, k, v, **options)
+
+    def formula(self, heads, kv_heads):
+        return ("seen",)
+
+
+@pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
+@pytest.mark.parametrize("tiny", PATCHABLE, ids=str)
+def test_cores_are_told_the_shapes_that_they_get(tiny):
+    """Maps and projections with weights are made of that, before the first call."""
+    stock = built(tiny)
+    names = [layer.name for layer in find_layers(stock.model) if layer.family and layer.name in stock.calls]
+    with diffattn.patched(stock.model, Seen(), layers=lambda name, attn: name in names) as handle, torch.no_grad():
+        for name, processor in handle.installed.items():
+            args, kwargs, _ = stock.calls[name]
+            stock.model.get_submodule(name)(*copied(args), **copied(kwargs))
+            told, (q, k) = processor.core.told, processor.core.given
+            assert (told.heads, told.head_dim) == tuple(q) and (told.kv_heads, told.head_dim) == tuple(k), name
+
+
 @functools.cache
 def first_layers():
     """One layer of each stock processor, with the core of the exact patch."""
     found = {}
-    for tiny in PATCHABLE:
+    for tiny in (tiny for tiny in PATCHABLE if tiny.absent() is None):
         for layer in find_layers(built(tiny).model):
             if layer.family and layer.name in built(tiny).calls:
                 found.setdefault(type(layer.stock).__name__, (tiny, layer.name))
