@@ -5,7 +5,7 @@ import copy
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -290,7 +290,7 @@ def make_plan(found: list[Layer], core: AttentionCore | None, layers: Layers | N
             continue
         new = layer.family.exact_core(layer.attn) if wanted is None else copy.deepcopy(wanted)
         try:
-            new.prepare(layer.family.layer_info(layer.attn))
+            new.prepare(replace(layer.family.layer_info(layer.attn), loading=saved is not None))
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from None
         processor = layer.family(new)

@@ -35,6 +35,7 @@ class LayerInfo:
             place the layer's processor calls a projection of the core's; empty where it calls none.
         plain_scores: whether nothing happens to q and k between their projections and their product: no norm, no
             rotation.
+        loading: whether weights are loaded right after: only the shapes of what `prepare` makes matter then.
     """
 
     heads: int
@@ -42,6 +43,7 @@ class LayerInfo:
     head_dim: int | None = None
     weights: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     plain_scores: bool = False
+    loading: bool = False
 
 
 class AttentionCore(nn.Module):

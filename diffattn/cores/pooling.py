@@ -37,6 +37,9 @@ def svd_pooled(layer: LayerInfo, kv_heads: int) -> nn.ModuleDict:
             "over, they are fused or no plain linear layers, or q and k are normalized or rotated before their "
             "product: expected 'mean'"
         )
+    if layer.loading:
+        copies = {role: linear(*layer.weights[role]) for role in ("q", "out")}
+        return nn.ModuleDict({"q": copies["q"], **mean_pooled(layer, kv_heads), "out": copies["out"]})
     heads, shared = layer.heads, layer.kv_heads // kv_heads
     q = _by_head(layer.weights["q"], heads)
     k, v = (_by_head(layer.weights[role], layer.kv_heads) for role in ("k", "v"))
