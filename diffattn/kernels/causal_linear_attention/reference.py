@@ -62,22 +62,32 @@ def causal_linear_attention_reference(
         S, z = split_state(state.to(working), D, E)
         if z is None:
             z = k.new_zeros(B, kv_heads, D)
-    at_once = steps
-    if form == "recurrent":
-        at_once = 1
-    elif form == "chunkwise":
-        channels = decay is not None and decay.shape[-1] > 1
-        at_once = max(1, (CHANNEL_CHUNK if channels else CHUNK) // block)
-    step = _one_step if at_once == 1 else _parallel
     outputs = [q.new_empty(*q.shape[:4], E)] if N == 0 else []
-    for first in range(0, steps, max(at_once, 1)):
-        tokens = slice(first * block, (first + at_once) * block)
-        g = None if decay is None else decay[:, :, first : first + at_once]
-        o, S, z = step(q[..., tokens, :], k[:, :, tokens], v[:, :, tokens], g, S, z, block, normalize, eps)
+    if form == "parallel" and N != 0:
+        # in one piece, which also serves exports, whose N is no number yet
+        o, S, z = _parallel(q, k, v, decay, S, z, block, normalize, eps)
         outputs.append(o)
+    else:
+        channels = decay is not None and decay.shape[-1] > 1
+        at_once = max(1, (CHANNEL_CHUNK if channels else CHUNK) // block) if form == "chunkwise" else 1
+        step = _one_step if at_once == 1 else _parallel
+        for first in range(0, steps, at_once):
+            tokens = slice(first * block, (first + at_once) * block)
+            g = None if decay is None else decay[:, :, first : first + at_once]
+            o, S, z = step(q[..., tokens, :], k[:, :, tokens], v[:, :, tokens], g, S, z, block, normalize, eps)
+            outputs.append(o)
     o = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)).permute(0, 3, 1, 2, 4).reshape(B, N, H, E)
     state = torch.cat((S.flatten(2), z), -1) if normalize else S.flatten(2)
     return o.to(dtype), state
+
+
+def _repeat(x: Tensor, n: int, dim: int) -> Tensor:
+    """Each entry n times in a row; not repeat_interleave, which exporters do badly with."""
+    if n == 1:
+        return x
+    sizes = [-1] * (x.dim() + 1)
+    sizes[dim + 1] = n
+    return x.unsqueeze(dim + 1).expand(sizes).flatten(dim, dim + 1)
 
 
 def _one_step(q, k, v, g, S, z, block, normalize, eps):
@@ -105,14 +115,14 @@ def _parallel(q, k, v, g, S, z, block, normalize, eps):
         T = g.shape[2]
         after = torch.ones(T, T, dtype=torch.bool, device=g.device).tril(-1)
         spans = torch.where(after[:, :, None], g.unsqueeze(3), 0.0).cumsum(2)
-        weights = spans.exp().repeat_interleave(block, 2).repeat_interleave(block, 3) * seen[:, :, None]
+        weights = _repeat(_repeat(spans.exp(), block, 2), block, 3) * seen[:, :, None]
         if g.shape[-1] == 1:
             scores = torch.einsum("bhgnd,bhmd->bhgnm", q, k) * weights.squeeze(-1).unsqueeze(2)
         else:
             scores = torch.einsum("bhgnd,bhmd,bhnmd->bhgnm", q, k, weights)
         before = g.cumsum(2).exp()
-        from_state = q * before.repeat_interleave(block, 2).unsqueeze(2)
-        to_state = k * spans[:, :, -1].exp().repeat_interleave(block, 2)
+        from_state = q * _repeat(before, block, 2).unsqueeze(2)
+        to_state = k * _repeat(spans[:, :, -1].exp(), block, 2)
         kept = before[:, :, -1]
     o = scores @ v.unsqueeze(2) + torch.einsum("bhgnd,bhde->bhgne", from_state, S)
     if normalize:

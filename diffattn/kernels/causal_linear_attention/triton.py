@@ -13,7 +13,6 @@ k_n . dk_n that decayed, the gradient of g_t is the sum of r_n - s_n over all to
 of the last state with its gradient: each pair of tokens counts in the steps between the two.
 """
 
-
 import torch
 
 from diffattn.kernels.causal_linear_attention.reference import split_state
