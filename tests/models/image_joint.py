@@ -240,6 +240,7 @@ IMAGE_JOINT = [
         qwen_image_inputs,
         converts="*",
         padded=("encoder_hidden_states", "encoder_hidden_states_mask"),
+        since="0.42",
     ),
     TinyModel(
         "SD3Transformer2DModel",

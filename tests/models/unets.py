@@ -163,6 +163,7 @@ UNETS = [
         dict(sample_size=32, block_out_channels=(32, 32, 64), extra_in_channels=64),
         lambda rand: dict(sample=rand(2, 2, 32), timestep=two_times()),
         unreachable="*",
+        since="0.42",
     ),
     TinyModel(
         "UNet2DModel",

@@ -160,6 +160,7 @@ VIDEO_STREAM = [
         cosmos_image_inputs,
         name="CosmosTransformer3DModel-image",
         converts="*attn1",
+        since="0.42",
     ),
     TinyModel(
         "Kandinsky5Transformer3DModel",

@@ -171,7 +171,7 @@ VIDEO_WAN = [
         unreachable="*?.attn1",
         unused="*audio*",
     ),
-    TinyModel("SkyReelsV2Transformer3DModel", WAN, wan_inputs, converts="*attn1"),
+    TinyModel("SkyReelsV2Transformer3DModel", WAN, wan_inputs, converts="*attn1", since="0.42"),
     TinyModel(
         "SkyReelsV2Transformer3DModel",
         WAN | dict(num_frame_per_block=2),
@@ -179,6 +179,7 @@ VIDEO_WAN = [
         converts="*attn1",
         pair_mask=None,
         name="SkyReelsV2Transformer3DModel-block-causal",
+        since="0.42",
     ),
     TinyModel(
         "WanAnimate2Transformer3DModel",

@@ -78,4 +78,5 @@ def lora(tiny, seed: int) -> dict[str, torch.Tensor]:
 
 
 def load_lora(model, tiny, seed: int = 1, name: str = "one", **options):
-    model.load_lora_adapter(dict(lora(tiny, seed)), prefix=None, adapter_name=name, **options)
+    weights = {name: w.clone() for name, w in lora(tiny, seed).items()}  # hotswap may write into them
+    model.load_lora_adapter(weights, prefix=None, adapter_name=name, **options)

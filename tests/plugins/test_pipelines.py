@@ -135,8 +135,20 @@ def faster():
     )
 
 
+def magnitude():
+    from diffusers import MagCacheConfig
+
+    return MagCacheConfig(threshold=1e9, num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4)
+
+
+def taylor_seer():
+    from diffusers import TaylorSeerCacheConfig
+
+    return TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32)
+
+
 @pytest.mark.parametrize("first", ["patch", "cache"])
-@pytest.mark.parametrize("cache", [first_block, pyramid, faster])
+@pytest.mark.parametrize("cache", [first_block, pyramid, faster, magnitude, taylor_seer])
 def test_caches_skip_as_on_stock(cache, first):
     """Four steps on drifting latents: the same steps come from the cache."""
 
@@ -173,6 +185,44 @@ def test_caches_skip_as_on_stock(cache, first):
     model.disable_cache()
     assert processors(model) == had
     assert all(torch.equal(a, b) for a, b in zip(steps(model), plain, strict=True))
+
+
+@pytest.mark.parametrize("core", [diffattn.SoftmaxAttention, learned])
+@pytest.mark.parametrize("first", ["patch", "cache"])
+def test_a_cache_that_replaces_forwards(core, first):
+    """As DeepCache does it: a block's `forward` becomes a function that returns what it had the step before."""
+
+    def cache(model):
+        for block in model.up_blocks:
+            forward, kept = block.forward, []
+
+            def cached(*args, forward=forward, kept=kept, **kwargs):
+                if len(kept) % 2 == 0:
+                    kept.append(forward(*args, **kwargs))
+                else:
+                    kept.append(kept[-1])
+                return kept[-1]
+
+            block.forward = cached
+
+    def steps(model):
+        return [out(UNET, model, sample=lambda x, i=i: x + 0.1 * i) for i in range(4)]
+
+    stock, model = UNET.model(), UNET.model()
+    plain = steps(stock)
+    cache(stock)
+    expected = steps(stock)
+    assert error(expected[1], plain[1]) > 1e-4
+    if first == "cache":
+        cache(model)
+    diffattn.patch(model, core())
+    if first == "patch":
+        cache(model)
+    ours = steps(model)
+    for a, b in zip(ours, expected, strict=True):
+        assert error(a, b) <= 1e-5 if core is diffattn.SoftmaxAttention else error(a, b) > 1e-5
+    diffattn.unpatch(model)
+    assert all(torch.equal(a, b) for a, b in zip(steps(model), expected, strict=True))
 
 
 def test_a_patched_model_saves_stock_weights_and_a_folder_of_its_own(tmp_path, log):
