@@ -220,6 +220,10 @@ def export(
         str | None, typer.Option(help="Folder or hub id of weights for --core.", show_default=False)
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="Fix batch, height, width and length of the text.")] = False,
+    opset: Annotated[
+        int | None,
+        typer.Option(help="Of ONNX; from 23 on, attention is one operator. Default: torch's.", show_default=False),
+    ] = None,
     check: Annotated[bool, typer.Option(help="Compare the file with the model in ONNX Runtime.")] = True,
 ) -> None:
     """Write a pipeline's denoiser, or a model, as an ONNX file of standard operators, and check it."""
@@ -232,7 +236,7 @@ def export(
         target = load(model)
         if core is not None:
             patch(target, core.value, weights=weights)
-        to_onnx(target, out, dynamic=not static, check=check)
+        to_onnx(target, out, dynamic=not static, opset=opset, check=check)
     except (OSError, ValueError, ImportError) as error:
         raise fail(_first_line(error)) from None
     except ExportError as error:

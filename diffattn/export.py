@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffattn.export_models import SAMPLE_INPUTS
-from diffattn.patch import DENOISERS, find_layers, patched
+from diffattn.export_models import SAMPLE_INPUTS, STABLE_AUDIO_AXES
+from diffattn.export_operators import translations
+from diffattn.kernels._backend import onnx_attention
+from diffattn.layers import DENOISERS, find_layers
+from diffattn.patch import patched
 from diffattn.traceable import traceable
 
 #: A file of more bytes of weights keeps them beside it: protobuf, which ONNX files are, ends at 2 GiB.
@@ -27,9 +30,13 @@ _TEXT = {0: "batch", 1: "text"}
 AXES = {
     ("sample", 4): _PICTURE,
     ("hidden_states", 4): _PICTURE,
+    ("hidden_states", 5): {0: "batch", 2: "frames", 3: "height", 4: "width"},
     ("encoder_hidden_states", 3): _TEXT,
     ("encoder_attention_mask", 2): _TEXT,
+    ("encoder_mask", 2): _TEXT,
 }
+#: The same for classes whose inputs have dimensions of their own.
+AXES_OF = {"StableAudioDiTModel": STABLE_AUDIO_AXES}
 
 
 class ExportError(RuntimeError):
@@ -42,6 +49,7 @@ def to_onnx(
     *,
     sample_inputs: dict[str, Any] | None = None,
     dynamic: bool | dict[str, dict[int, str]] = True,
+    opset: int | None = None,
     check: bool = True,
     progress: Callable[[str], None] | None = lambda line: print(f"diffattn: {line}", file=sys.stderr),
 ) -> Path:
@@ -54,10 +62,13 @@ def to_onnx(
         model_or_pipe: a diffusers model, or a pipeline with one of `unet`, `transformer`, `prior`, `decoder`.
         path: ends in `.onnx`. An existing file is replaced. More than 1 GiB of weights go to `<path>.data`.
         sample_inputs: keyword arguments of the model's call, batch of 2 or more. Tensors become inputs of the graph,
-            those in a dict too; anything else is fixed. None makes them of the config, for the classes in
-            `diffattn.export_models.SAMPLE_INPUTS`.
+            those in a dict or a tuple too, complex ones as pairs of real numbers; anything else is fixed. None makes
+            them of the config, for the classes in `diffattn.export_models.SAMPLE_INPUTS`.
         dynamic: True lets batch, height, width and length of the text change, False nothing; a dict names the axes
-            itself, {input: {dimension: axis}}. Dimensions with one axis name are of one size.
+            itself, {input: {dimension: axis}}. Dimensions with one axis name are of one size, `length + 1` is one
+            more than `length`. Tensors of a tuple are the inputs `name_0`, `name_1`.
+        opset: of ONNX. None takes torch's default, which more runtimes know. From 23 on layers with shared key/value
+            heads become one Attention operator each, where lower ones write out products and a softmax.
         check: compare ONNX Runtime (CPU) with the model, at three sizes that were not traced (the same one, if
             nothing is dynamic); the largest difference may be 1e-4 of the largest number in the result. float32 only.
         progress: told what happens now, in one line; None: nobody is.
@@ -81,14 +92,16 @@ def to_onnx(
     if check and any(w.is_floating_point() and w.dtype != torch.float32 for w in weights):
         raise ValueError("check: the comparison needs a model in float32; use model.float(), or check=False")
     inputs, fixed = _flatten(model, _samples(model, sample_inputs))
-    axes = _axes(inputs, dynamic)
+    axes = _axes(inputs, dynamic, AXES_OF.get(type(model).__name__, {}))
 
+    if opset is not None and (not isinstance(opset, int) or opset < 18):
+        raise ValueError(f"opset: got {opset!r}, expected 18 or more, or None")
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
             with _exact(model):
-                program = _export(model, inputs, fixed, axes, say)
+                program = _export(model, inputs, fixed, axes, opset, say)
             external = sum(w.numel() * w.element_size() for w in weights) > EXTERNAL_BYTES
             program.save(path, external_data=external)
             megabytes = sum(f.stat().st_size for f in (path, Path(f"{path}.data")) if f.exists()) / 1e6
@@ -154,7 +167,14 @@ def _samples(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any]:
     return given
 
 
-Key = tuple[str, ...]  # ("sample",) or ("added_cond_kwargs", "time_ids")
+Key = tuple[str | int, ...]  # ("sample",), ("added_cond_kwargs", "time_ids"), ("rotary_embedding", 0)
+COMPLEX = "real and imaginary"  # ("image_rotary_emb", COMPLEX): a last dimension of 2
+
+
+def label(key: Key) -> str:
+    """The name of an input of the graph."""
+    last = key[-1]
+    return key[0] if last == COMPLEX else f"{key[0]}_{last}" if isinstance(last, int) else last
 
 
 def _flatten(model: nn.Module, samples: dict[str, Any]) -> tuple[dict[Key, Tensor], dict[str, Any]]:
@@ -162,9 +182,15 @@ def _flatten(model: nn.Module, samples: dict[str, Any]) -> tuple[dict[Key, Tenso
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     found, fixed = {}, {}
     for name, value in samples.items():
-        nested = isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values())
-        if isinstance(value, Tensor) or nested:
-            for key, t in {(name,): value}.items() if not nested else {(name, k): v for k, v in value.items()}.items():
+        pairs = {(name,): value}
+        if isinstance(value, dict):
+            pairs = {(name, k): v for k, v in value.items()}
+        elif isinstance(value, (tuple, list)):
+            pairs = {(name, i): v for i, v in enumerate(value)}
+        elif isinstance(value, Tensor) and value.is_complex():
+            pairs = {(name, COMPLEX): torch.view_as_real(value)}
+        if pairs and all(isinstance(t, Tensor) for t in pairs.values()):
+            for key, t in pairs.items():
                 found[key] = t.to(weight.device, weight.dtype if t.is_floating_point() else t.dtype)
         elif name != "return_dict":
             fixed[name] = value
@@ -173,42 +199,64 @@ def _flatten(model: nn.Module, samples: dict[str, Any]) -> tuple[dict[Key, Tenso
     return found, fixed
 
 
-def _unflatten(keys, tensors) -> dict[str, Any]:
+def _unflatten(keys, tensors, real: bool = False) -> dict[str, Any]:
+    """The arguments that `_flatten` took apart; `real` leaves complex ones as pairs, for one-graph forwards."""
     arguments: dict[str, Any] = {}
     for key, t in zip(keys, tensors, strict=True):
         if len(key) == 1:
             arguments[key[0]] = t
+        elif key[1] == COMPLEX:
+            arguments[key[0]] = t if real else torch.view_as_complex(t)
         else:
             arguments.setdefault(key[0], {})[key[1]] = t
+    for name, value in arguments.items():
+        if isinstance(value, dict) and 0 in value:
+            arguments[name] = tuple(value[i] for i in range(len(value)))
     return arguments
 
 
-def _axes(inputs: dict[Key, Tensor], dynamic: bool | dict) -> dict[Key, dict[int, str]]:
+def _size(axis: str, sizes: dict[str, Any]) -> Any:
+    """The size of `length` or of `length + 1`."""
+    name, _, more = axis.partition(" + ")
+    return sizes[name] + int(more or 0)
+
+
+def _axes(inputs: dict[Key, Tensor], dynamic: bool | dict, own: dict[str, dict]) -> dict[Key, dict[int, str]]:
     if isinstance(dynamic, dict):
-        names = {key[-1]: key for key in inputs}
+        names = {label(key): key for key in inputs}
         if unknown := sorted(set(dynamic) - set(names)):
             raise ValueError(f"dynamic: {', '.join(unknown)} is no input; there are {', '.join(names)}")
         axes = {key: dict(dynamic.get(name, {})) for name, key in names.items()}
     elif dynamic is True:
         batch = next(iter(inputs.values())).shape[0]
         rest = {key: {0: "batch"} if t.dim() and t.shape[0] == batch else {} for key, t in inputs.items()}
-        axes = {key: AXES.get((key[-1], t.dim()), rest[key]) for key, t in inputs.items()}
+        axes = {k: own.get(label(k), AXES.get((label(k), t.dim()), rest[k])) for k, t in inputs.items()}
     elif dynamic is False:
         axes = {key: {} for key in inputs}
     else:
         raise TypeError(f"dynamic: got {dynamic!r}, expected True, False or {{input: {{dimension: axis}}}}")
-    for key, named in axes.items():
-        if bad := [d for d in named if not 0 <= d < inputs[key].dim()]:
-            raise ValueError(f"dynamic: {key[-1]} has {inputs[key].dim()} dimensions, got {bad[0]}")
     sizes: dict[str, int] = {}
-    for key, named in axes.items():
-        for d, axis in named.items():
-            size = inputs[key].shape[d]
-            if sizes.setdefault(axis, size) != size:
-                raise ValueError(f"sample_inputs: {axis} is {size} in {key[-1]} and {sizes[axis]} in another input")
-            if size < 2:
-                raise ValueError(f"sample_inputs: {axis} is {size} in {key[-1]}, expected 2 or more: 1 is fixed")
+    for key, d, axis in _named(axes):
+        name, t = label(key), inputs[key]
+        if not 0 <= d < t.dim():
+            raise ValueError(f"dynamic: {name} has {t.dim()} dimensions, got {d}")
+        size = t.shape[d]
+        if sizes.setdefault(axis, size) != size:
+            raise ValueError(f"sample_inputs: {axis} is {size} in {name} and {sizes[axis]} in another input")
+        if size < 2:
+            raise ValueError(f"sample_inputs: {axis} is {size} in {name}, expected 2 or more: 1 is fixed")
+    for axis, size in sizes.items():
+        if not re.fullmatch(r"\w+( \+ \d+)?", axis) or axis.partition(" + ")[0] not in sizes:
+            raise ValueError(
+                f"dynamic: got the axis {axis!r}, expected a name, or a name of another axis as 'name + 1'"
+            )
+        if _size(axis, sizes) != size:
+            raise ValueError(f"sample_inputs: {axis} is {size}, expected {_size(axis, sizes)}")
     return axes
+
+
+def _named(axes: dict[Key, dict[int, str]]) -> list[tuple[Key, int, str]]:
+    return [(key, d, axis) for key, named in axes.items() for d, axis in named.items()]
 
 
 @contextlib.contextmanager
@@ -228,14 +276,16 @@ class _Call(nn.Module):
         self.keys, self.fixed, self.axes = list(keys), fixed, axes
 
     def forward(self, *tensors: Tensor) -> Tensor:
+        given = dict(zip(self.keys, tensors, strict=True))
         sizes: dict[str, Any] = {}
-        for key, t in zip(self.keys, tensors, strict=True):
-            for d, axis in self.axes[key].items():
-                torch._check(sizes.setdefault(axis, t.shape[d]) == t.shape[d])
-        return self.model(**_unflatten(self.keys, tensors), **self.fixed, return_dict=False)[0]
+        for key, d, axis in _named(self.axes):
+            torch._check(sizes.setdefault(axis, given[key].shape[d]) == given[key].shape[d])
+        for axis, size in sizes.items():
+            torch._check(_size(axis, sizes) == size)
+        return self.model(**_unflatten(self.keys, tensors, real=True), **self.fixed, return_dict=False)[0]
 
 
-def _export(model, inputs, fixed, axes, say):
+def _export(model, inputs, fixed, axes, opset, say):
     started = time.perf_counter()
     free = torch.export.Dim.DYNAMIC
     shapes = (tuple({d: free for d in axes[key]} for key in inputs),)
@@ -243,15 +293,19 @@ def _export(model, inputs, fixed, axes, say):
     try:
         say(f"1/2 tracing {type(model).__name__}, and translating it")
         # Not torch.export first: the kernels have to know that the graph is for ONNX.
-        program = torch.onnx.export(
-            call,
-            tuple(inputs.values()),
-            dynamic_shapes=shapes,
-            input_names=[key[-1] for key in inputs],
-            output_names=["out"],
-            dynamo=True,
-            verbose=False,
-        )
+        table = translations(opset)
+        with onnx_attention(bool(table)):
+            program = torch.onnx.export(
+                call,
+                tuple(inputs.values()),
+                dynamic_shapes=shapes,
+                input_names=[label(key) for key in inputs],
+                output_names=["out"],
+                opset_version=opset,
+                custom_translation_table=table,
+                dynamo=True,
+                verbose=False,
+            )
     except Exception as error:  # torch raises whatever it hits, in a wrapper or not
         last = str(error.__cause__ or error).strip() or type(error).__name__
         raise ExportError(f"{type(model).__name__} cannot be exported: {last}") from error
@@ -285,7 +339,7 @@ def _compare(path: Path, model, inputs, fixed, axes, say) -> None:
         expected = model(**_unflatten(fresh, fresh.values()), **fixed, return_dict=False)[0].cpu()
         try:
             known = {value.name for value in session.get_inputs()}
-            feed = {key[-1]: t.cpu().numpy() for key, t in fresh.items() if key[-1] in known}
+            feed = {label(key): t.cpu().numpy() for key, t in fresh.items() if label(key) in known}
             ours = torch.from_numpy(session.run(None, feed)[0])
         except Exception as error:  # ONNX Runtime has an exception class for each of its codes
             wrong.append(f"{what}: ONNX Runtime failed: {str(error).strip()[:300]}")
@@ -306,7 +360,8 @@ def _compare(path: Path, model, inputs, fixed, axes, say) -> None:
 
 def _other_sizes(inputs, axes) -> list[dict[str, int]]:
     """Three choices of sizes, none of them traced. Pictures stay multiples of what height and width share."""
-    traced = {axis: inputs[key].shape[d] for key, named in axes.items() for d, axis in named.items()}
+    every = {axis: inputs[key].shape[d] for key, d, axis in _named(axes)}
+    traced = {axis: size for axis, size in every.items() if " + " not in axis}
     step = math.gcd(*(traced[axis] for axis in ("height", "width") if axis in traced))
     choices = []
     for i in range(3):
@@ -318,7 +373,7 @@ def _other_sizes(inputs, axes) -> list[dict[str, int]]:
             sizes["batch"] = i + 1
         if "text" in traced:
             sizes["text"] = traced["text"] + (5, 2, -1)[i]
-        choices.append(sizes)
+        choices.append({axis: _size(axis, sizes) for axis in every})
     return choices
 
 
@@ -331,7 +386,7 @@ def resized(inputs, axes, sizes, seed: int) -> dict[Key, Tensor]:
         if t.is_floating_point():
             spread = t.float().std(correction=0) if t.numel() > 1 else 1.0
             new = t.float().mean().cpu() + torch.randn(shape, generator=generator) * float(spread)
-        elif "mask" in key[-1]:  # right padding, of the last prompt alone
+        elif "mask" in label(key):  # right padding, of the last prompt alone
             new = torch.ones(shape)
             new[-1, shape[-1] - shape[-1] // 3 :] = 0
         else:

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,8 +88,8 @@ class Attend(nn.Module):
         super().__init__()
         self.core = core
 
-    def forward(self, q, k, v, return_dict=True):
-        return (self.core(q, k, v),)
+    def forward(self, q, k, v, mask=None, return_dict=True):
+        return (self.core(q, k, v, mask=mask),)
 
 
 class GroupedLayer(nn.Module):
@@ -112,6 +113,8 @@ class GroupedLayer(nn.Module):
         ("Lumina2Transformer2DModel", dict(num_layers=1), None),
         ("DreamLiteUNetModel", dict(block_out_channels=(16, 32), **DREAMLITE), None),
         ("UNet2DConditionModel", dict(mid_block_type=None), "linear"),
+        ("StableAudioDiTModel", dict(num_layers=1), None),
+        ("AutoencoderDC", {}, None),
     ],
 )
 @pytest.mark.filterwarnings("ignore:diffattn. .* no distilled weights")
@@ -124,12 +127,18 @@ def test_a_model_equals_its_file_at_other_sizes(name, changes, core, tmp_path):
     assert all(a is b.attn.processor for a, b in zip(before, find_layers(model), strict=True))
     assert sum("differs by" in line for line in said) == 3
     assert operators(path)
-    picture = "sample" if "UNet" in name else "hidden_states"
-    assert axes(path)[picture] == ["batch", 4, "height", "width"]
-    assert axes(path)["encoder_hidden_states"] == ["batch", "text", 16]
+    named = axes(path)
+    assert named.get("sample", named.get("hidden_states")) == {
+        "AutoencoderDC": ["batch", 3, "height", "width"],
+        "StableAudioDiTModel": ["batch", 4, "length"],
+    }.get(name, ["batch", 4, "height", "width"])
+    assert name == "AutoencoderDC" or named["encoder_hidden_states"] == ["batch", "text", 16]
+    if name == "StableAudioDiTModel":
+        assert named["rotary_embedding_0"] == named["rotary_embedding_1"] == ["length + 1", 8]
 
 
-def test_key_value_heads_are_not_copied_and_the_scale_follows_the_length(tmp_path):
+@pytest.mark.parametrize("opset", [None, 23, 24])
+def test_key_value_heads_are_not_copied_and_the_scale_follows_the_length(opset, tmp_path):
     graphs = []
     for kv_heads in (4, 1):
         path = to_onnx(
@@ -137,10 +146,26 @@ def test_key_value_heads_are_not_copied_and_the_scale_follows_the_length(tmp_pat
             tmp_path / f"{kv_heads}.onnx",
             sample_inputs={"hidden_states": torch.randn(2, 6, 32)},
             dynamic={"hidden_states": {0: "batch", 1: "tokens"}},  # compared at 6 and at 12 tokens
+            opset=opset,
         )
         graphs.append(operators(path))
         assert not copies(path, hidden_states=torch.randn(2, 6, 32))
     assert graphs[0] == graphs[1]
+    assert graphs[0]["Attention"] == (opset is not None)
+
+
+def test_a_mask_of_keys_reaches_the_attention_operator(tmp_path):
+    """ONNX Runtime takes masks with a row for each query alone: the mask grows, keys and values do not."""
+    model = Attend(GroupedQueryAttention())
+    q, k, v = torch.randn(2, 6, 4, 8), torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 8)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])[:, None, None]
+    dynamic = dict(q={0: "batch", 1: "queries"}, mask={0: "batch", 3: "keys"})
+    dynamic |= {name: {0: "batch", 1: "keys"} for name in "kv"}
+    samples = dict(q=q, k=k, v=v, mask=mask)
+    path = to_onnx(model, tmp_path / "m.onnx", sample_inputs=samples, dynamic=dynamic, opset=23)
+    assert operators(path)["Attention"] == 1
+    torch.testing.assert_close(run(path, **samples), model(**samples)[0], rtol=1e-5, atol=1e-6)
+    assert len(copies(path, **samples)) == 1  # the mask: neither keys nor values
 
 
 def test_a_row_without_features_gives_zeros(tmp_path):
@@ -152,6 +177,34 @@ def test_a_row_without_features_gives_zeros(tmp_path):
     out = run(path, q=q, k=k, v=v)
     assert not out[:, ::2].any()
     torch.testing.assert_close(out, model(q, k, v)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_emoji_pipeline_draws_the_same_picture_in_onnx_runtime(tmp_path, monkeypatch):
+    """Text to picture with every denoising step in ONNX Runtime: the last bit of a colour may differ."""
+    import numpy
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(Path(__file__).parents[1] / "examples" / "emoji" / "model")
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        return numpy.asarray(pipe("rocket", num_inference_steps=4, generator=generator).images[0]).astype(int)
+
+    eager = draw()
+    path = to_onnx(pipe, tmp_path / "unet.onnx", check=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def forward(sample, timestep, encoder_hidden_states, **_):
+        times = timestep.float().expand(sample.shape[0])
+        given = dict(sample=sample, timestep=times, encoder_hidden_states=encoder_hidden_states)
+        return (torch.from_numpy(session.run(None, {name: t.numpy() for name, t in given.items()})[0]),)
+
+    monkeypatch.setattr(pipe.unet, "forward", forward)
+    difference = abs(draw() - eager)
+    assert eager.std() > 10  # a picture, not a colour
+    assert difference.max() <= 1
 
 
 def test_a_file_that_differs_is_kept_and_the_error_says_where(tmp_path, monkeypatch):
@@ -192,6 +245,21 @@ SAMPLE = torch.randn(2, 4, 4, 6)
         (Affine(), "m.onnx", dict(sample_inputs=[SAMPLE]), TypeError, "sample_inputs: got list"),
         (Affine(), "m.onnx", dict(sample_inputs=dict(sample=SAMPLE[:1])), ValueError, "batch is 1 in sample"),
         (Affine(), "m.onnx", dict(sample_inputs=dict(sample=SAMPLE), dynamic={"q": {}}), ValueError, "dynamic: q"),
+        (Affine(), "m.onnx", dict(sample_inputs=dict(sample=SAMPLE), opset=9), ValueError, "opset: got 9"),
+        (
+            Affine(),
+            "m.onnx",
+            dict(sample_inputs=dict(sample=SAMPLE), dynamic={"sample": {2: "rows", 3: "rows + 1"}}),
+            ValueError,
+            "rows . 1 is 6, expected 5",
+        ),
+        (
+            Affine(),
+            "m.onnx",
+            dict(sample_inputs=dict(sample=SAMPLE), dynamic={"sample": {3: "rows + 1"}}),
+            ValueError,
+            "dynamic: got the axis 'rows . 1'",
+        ),
         (Affine(), "m.onnx", dict(sample_inputs=dict(sample=SAMPLE), dynamic=1), TypeError, "dynamic: got 1"),
         (Affine().half(), "m.onnx", dict(sample_inputs=dict(sample=SAMPLE)), ValueError, "check: .* float32"),
         (object(), "m.onnx", {}, TypeError, "model_or_pipe: got object"),

@@ -1,8 +1,10 @@
 """Which implementation a call runs: the Triton operator or plain torch."""
 
+import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -25,8 +27,33 @@ def interpreting() -> bool:
 
 
 def exporting_to_onnx() -> bool:
-    """True inside both ONNX exporters: the graph is to hold the reference alone, without torch's own attention."""
+    """True inside both ONNX exporters."""
     return torch.onnx.is_in_onnx_export()
+
+
+_onnx_attention = False
+
+
+@contextlib.contextmanager
+def onnx_attention(has_operator: bool) -> Iterator[None]:
+    """Say whether the ONNX graph that is made meanwhile may hold an Attention operator, which opset 23 has.
+
+    For the whole process, as `torch.onnx` keeps that it is exporting.
+    """
+    global _onnx_attention
+    before, _onnx_attention = _onnx_attention, has_operator
+    try:
+        yield
+    finally:
+        _onnx_attention = before
+
+
+def writes_out_attention() -> bool:
+    """True inside an export to ONNX whose graph has to hold attention's products and softmax.
+
+    Plain torch.export keeps torch's own attention, which reads shared heads in place.
+    """
+    return exporting_to_onnx() and not _onnx_attention
 
 
 def exporting() -> bool:

@@ -3,7 +3,8 @@
 What runs where, with `config.backend` at `"auto"`:
 
 - CPU: torch's own attention with shared heads; where torch has no fused kernel (E != D, a mask that needs a
-  gradient) the reference, whose scores take B H N M elements. torch.export: the same. Exports to ONNX: the reference.
+  gradient) the reference, whose scores take B H N M elements. torch.export: the same.
+  Exports to ONNX: the reference, or from opset 23 on, if asked for, ONNX's Attention operator.
 - CUDA, half precision, no mask, E = D, D a multiple of 8 up to 256 (128 with gradients): torch's own choice of kernel;
   on Hopper, from 4096 tokens and more than 64 features on, ours without gradients: 4 to 11% ahead.
 - CUDA, half precision, a mask that differs from query to query or head to head: cuDNN's kernel through torch where
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from diffattn._config import config
-from diffattn.kernels._backend import exporting_to_onnx, use_triton
+from diffattn.kernels._backend import use_triton, writes_out_attention
 from diffattn.kernels._checks import check_mask, check_qkv, check_scale
 from diffattn.kernels.gqa_attention import ops  # noqa: F401  registers the operators
 from diffattn.kernels.gqa_attention.reference import gqa_attention_int8_reference, gqa_attention_reference
@@ -79,7 +80,7 @@ def gqa_attention(q, k, v, *, mask=None, scale=None, precision=None):
             if training:
                 return torch.ops.diffattn.gqa_attention(q, k, v, mask, scale, True)[0]
             return torch.ops.diffattn.gqa_attention_inference(q, k, v, mask, scale)
-    if exporting_to_onnx() or mask_grad or not _sdpa_shares_heads(q, k, v, mask):
+    if writes_out_attention() or mask_grad or not _sdpa_shares_heads(q, k, v, mask):
         return gqa_attention_reference(q, k, v, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
