@@ -13,6 +13,7 @@ from torch import nn
 import diffattn
 from diffattn import SoftmaxAttention, SparseLinearAttention, WindowAttention, config
 from diffattn.cores import LayerInfo, Rotary, apply_rotary
+from diffattn.cores.sparse_linear import blocks_for
 from diffattn.cores.window import token_grid
 from tests.models import BY_NAME
 from tests.models.unets import build_unet, run_unet
@@ -103,11 +104,25 @@ def test_sparse_linear_with_every_block_is_softmax():
         torch.testing.assert_close(core(q, k, v, mask=given, scale=0.3), expected)
 
 
-@pytest.mark.parametrize("tokens, block", [(64, 16), (256, 16), (511, 16), (512, 32), (1024, 64), (16384, 64)])
-def test_blocks_are_no_larger_than_needed(tokens, block):
-    from diffattn.cores.sparse_linear import block_for
+@pytest.mark.parametrize(
+    "tokens, blocks", [(64, (16, 16)), (511, (16, 16)), (512, (32, 32)), (1024, (64, 64)), (4096, (128, 64))]
+)
+def test_blocks_are_no_larger_than_needed(tokens, blocks):
+    assert blocks_for(tokens, tokens) == blocks
 
-    assert block_for(tokens) == block
+
+def test_blocks_of_queries_and_keys_may_differ():
+    q, k, v = qkv(96)
+    core = SparseLinearAttention(block=[32, 16])
+    means = torch.einsum("bihd,bjhd->bhij", q.unflatten(1, (3, 32)).mean(2), both(k).unflatten(1, (6, 16)).mean(2))
+    pairs = (means >= means.topk(4).values[..., -1:]).repeat_interleave(32, -2).repeat_interleave(16, -1)
+    torch.testing.assert_close(core(q, k, v), softmax(q, k, v, pairs))
+    assert SparseLinearAttention(**json.loads(json.dumps(core.config()))).config() == core.config()
+
+
+def both(k):
+    """Each key head for its two query heads."""
+    return k.repeat_interleave(2, dim=2)
 
 
 @pytest.mark.parametrize("core", [sparse_linear(), WindowAttention(3)], ids=["sparse-linear", "window"])
@@ -302,7 +317,7 @@ def test_exports_to_onnx(name, tmp_path):
     [
         (lambda: SparseLinearAttention(keep=0), "keep: got 0, expected a share"),
         (lambda: SparseLinearAttention(keep="all"), "keep: got 'all'"),
-        (lambda: SparseLinearAttention(block=24), r"block: got 24, expected None or one of \(16, 32, 64, 128\)"),
+        (lambda: SparseLinearAttention(block=24), r"block: got 24, expected None, one of \(16, 32, 64, 128\)"),
         (
             lambda: SparseLinearAttention(feature_map="exp"),
             "feature_map: got 'exp', expected one of softmax, elu1, relu",

@@ -1,6 +1,7 @@
 """Softmax attention to the blocks of keys that matter most, linear attention to the rest."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,9 @@ class SparseLinearAttention(AttentionCore):
     Args:
         keep: share of the blocks of keys that are critical, rounded up, but never fewer than 4. The paper has 0.05 at
             30,000 tokens of video; pictures have fewer, and 0.25 is what a few hundred need.
-        block: tokens in a block, 16, 32, 64 or 128. None takes the largest of 16, 32 and 64 that makes 16 blocks.
+        block: tokens in a block, 16, 32, 64 or 128, or a pair, for queries and keys. None follows the number of
+            tokens: the largest of 16, 32 and 64 that makes 16 blocks, and 128 queries from 4096 on, where the kernel
+            is faster so. (An exported file keeps to what was traced: name a block there.)
         feature_map: phi, for q and k alike: `"softmax"` over features (the paper's), `"elu1"` or `"relu"`. A scale s
             other than D^-0.5 multiplies q by s D^0.5 before the map.
 
@@ -58,16 +61,17 @@ class SparseLinearAttention(AttentionCore):
 
     rotates_first = True
 
-    def __init__(self, keep: float = 0.25, block: int | None = None, feature_map: str = "softmax"):
+    def __init__(self, keep: float = 0.25, block: int | Sequence[int] | None = None, feature_map: str = "softmax"):
         super().__init__()
         if not isinstance(keep, (int, float)) or not 0 < keep <= 1:
             raise ValueError(f"keep: got {keep!r}, expected a share of the blocks, more than 0 and at most 1")
-        if block is not None and block not in BLOCK_SIZES:
-            raise ValueError(f"block: got {block!r}, expected None or one of {BLOCK_SIZES}")
+        sizes = tuple(block) if isinstance(block, Sequence) else (block, block)
+        if block is not None and (len(sizes) != 2 or not all(size in BLOCK_SIZES for size in sizes)):
+            raise ValueError(f"block: got {block!r}, expected None, one of {BLOCK_SIZES} or a pair of them")
         if feature_map not in FEATURE_MAPS:
             raise ValueError(f"feature_map: got {feature_map!r}, expected one of {', '.join(FEATURE_MAPS)}")
         self.keep = keep
-        self.block = block
+        self.block = None if block is None else sizes
         self.feature_map = feature_map
         #: P. Until `prepare` has made it, it counts as the zeros that it starts from.
         self.linear_out: nn.Linear | None = None
@@ -85,7 +89,7 @@ class SparseLinearAttention(AttentionCore):
     def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
         bias = key_bias(mask, q, "SparseLinearAttention")
         q, k = rotate_heads(q, k, rotate)
-        rows, keys = (self.block or block_for(x.shape[1]) for x in (q, k))
+        rows, keys = self.block or blocks_for(q.shape[1], k.shape[1])
         number = number_of_blocks(k.shape[1], keys)
         kept = torch.sym_max(LEAST_KEPT, math.ceil(self.keep * number))
         if exporting():
@@ -101,7 +105,7 @@ class SparseLinearAttention(AttentionCore):
         if scale is not None:
             q = q * (scale * math.sqrt(q.shape[-1]))
         feature_map = FEATURE_MAPS[self.feature_map]
-        q, k = feature_map(q), feature_map(k)
+        q, k = feature_map(q).to(v.dtype), feature_map(k).to(v.dtype)  # autocast on a GPU has softmax in float32
         if weight is not None:
             k = k * weight[:, :, None, None].to(k.dtype)
         return out + self.linear_out(linear_attention_outside(q, k, v, blocks)).to(out.dtype)
@@ -110,12 +114,14 @@ class SparseLinearAttention(AttentionCore):
         return ("sparse-linear", kv_heads, self.keep, self.block, self.feature_map)
 
     def config(self):
-        return {"keep": self.keep, "block": self.block, "feature_map": self.feature_map}
+        block = None if self.block is None else list(self.block)
+        return {"keep": self.keep, "block": block, "feature_map": self.feature_map}
 
 
-def block_for(tokens: int) -> int:
-    """The largest of 16, 32 and 64 that makes 16 blocks, for small pictures 16."""
-    return 64 if tokens >= 1024 else 32 if tokens >= 512 else 16
+def blocks_for(queries: int, tokens: int) -> tuple[int, int]:
+    """Tokens in a block of queries and of keys."""
+    rows, keys = (64 if number >= 1024 else 32 if number >= 512 else 16 for number in (queries, tokens))
+    return 128 if queries >= 4096 else rows, keys
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class WindowAttention(AttentionCore):
 
     rotates_first = True
 
-    def __init__(self, radius: float, grid: Sequence[int] | None = None, text: Sequence[int] = (0, 0)):
+    def __init__(self, radius: float = 8, grid: Sequence[int] | None = None, text: Sequence[int] = (0, 0)):
         super().__init__()
         if not isinstance(radius, (int, float)) or not 0 < radius < math.inf:
             raise ValueError(f"radius: got {radius!r}, expected a positive number of tokens")

@@ -318,22 +318,27 @@ def test_window_is_what_it_says(grid, radius, text, backend, device):
     st.integers(1, 40),
     st.floats(0.5, 50),
     st.tuples(st.integers(0, 70), st.integers(0, 70)),
-    st.sampled_from([16, 64, 128]),
+    st.sampled_from([(16, 16), (128, 64), (64, 64)]),
 )
-def test_plans_visit_every_pair_within_reach(height, width, radius, text, block):
-    order, back, q_places, k_places, blocks = _plan((height, width), text, radius, block, torch.device("cpu"))
+def test_plans_visit_every_pair_within_reach(height, width, radius, text, sizes):
+    order, back, q_places, k_places, blocks = _plan((height, width), text, radius, sizes, torch.device("cpu"))
     N = height * width + sum(text)
     assert torch.equal(order[back], torch.arange(N))
     # The places that are tested by the definition in `test_window_is_what_it_says`, in the order of the plan.
     pairs = near(q_places, k_places)
-    kinds = kinds_of(blocks, N)[0, 0].repeat_interleave(block, 0).repeat_interleave(block, 1)[:N, :N]
+    kinds = kinds_of(blocks, N)[0, 0].repeat_interleave(sizes[0], 0).repeat_interleave(sizes[1], 1)[:N, :N]
     assert not (pairs & (kinds == 0)).any() and not (~pairs & (kinds == 2)).any()
 
 
 def test_plans_of_whole_tiles_visit_few_blocks():
-    *_, blocks = _plan((64, 64), (0, 0), 8, 64, torch.device("cpu"))
-    # 8 x 8 tiles of 64 tokens: the tile itself, 8 around it, and those at exactly that distance, at most 12 more.
-    assert blocks.count.max() <= 21 and blocks.count.float().mean() < 0.3 * 64
+    plan = _plan((64, 64), (0, 0), 8, (64, 64), torch.device("cpu"))
+    # 8 x 8 tiles: the tile itself, 8 around it, and at most 12 more at a distance of less than 8.
+    assert plan.blocks.count.max() <= 21 and plan.blocks.full.max() == 0
+    wide = _plan((64, 64), (0, 0), 8, (128, 64), torch.device("cpu"))
+    assert torch.equal(wide.q_places[:2].long().unflatten(1, (-1, 64)).amin(-1) % 8, torch.zeros(2, 64).long())
+    assert wide.blocks.count.max() <= 26
+    # A window as large as the picture has blocks without a check.
+    assert (_plan((64, 64), (0, 0), 100, (64, 64), torch.device("cpu")).blocks.full == 63).all()
 
 
 # Errors

@@ -6,6 +6,9 @@ import triton.language as tl
 
 from diffattn.kernels.gqa_attention.triton import LOG2E
 
+# Arguments that differ from picture to picture: a kernel made for each value would be compiled again and again.
+COUNTS = ["K", "L", "n_tiles", "n_blocks"]
+
 
 @triton.jit
 def list_of(i_b, i_h, i_block, p_full, p_count, stride_b, stride_h, CHECK_ALL: tl.constexpr):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from diffattn.kernels.block_sparse_attention.triton import hide_far, list_of, load_places
+from diffattn.kernels.block_sparse_attention.triton import COUNTS, hide_far, list_of, load_places
 from diffattn.kernels.gqa_attention.triton import load_block
 
 
@@ -88,7 +88,7 @@ def _dkv_step(
     return b_dk, b_dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def block_sparse_attention_dkv_bwd_kernel(
     p_q,
     p_k,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from diffattn.kernels.block_sparse_attention.triton import hide_far, list_of, load_places
+from diffattn.kernels.block_sparse_attention.triton import COUNTS, hide_far, list_of, load_places
 from diffattn.kernels.gqa_attention.triton import load_block
 
 
@@ -77,7 +77,7 @@ def _dq_step(
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def block_sparse_attention_dq_bwd_kernel(
     p_q,
     p_k,

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from diffattn.kernels.block_sparse_attention.blocks import number_of_blocks
 from diffattn.kernels.block_sparse_attention.triton import (
+    COUNTS,
     bias_in_log2,
     fit,
     hide_far,
@@ -103,7 +104,7 @@ def _fwd_step(
     return b_acc, b_l, b_new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def block_sparse_attention_fwd_kernel(
     p_q,
     p_k,

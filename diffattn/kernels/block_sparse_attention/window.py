@@ -15,7 +15,8 @@ from diffattn.kernels.block_sparse_attention.blocks import Blocks, blocks_of_lay
 from diffattn.kernels.block_sparse_attention.reference import near
 from diffattn.kernels.gqa_attention import gqa_attention
 
-BLOCK = 64
+# Tokens in a block of queries and of keys, and the rectangle (height, width) that each is of the picture.
+ROWS, KEYS = 128, 64
 TILES = {16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16)}
 
 
@@ -23,7 +24,8 @@ class Plan(NamedTuple):
     """How the kernel walks through a picture: all of it constants of its size.
 
     Attributes:
-        order: (N,), tokens in the order of the kernel's rows: tile by tile, text last.
+        order: (N,), tokens in the order of the kernel's rows: tile by tile of a block of queries, in each of these
+            tile by tile of a block of keys; text last.
         back: (N,), the inverse.
         q_places, k_places: (3, N), as `block_sparse_attention` takes them, in that order.
     """
@@ -73,7 +75,7 @@ def window_attention(q, k, v, radius, grid, *, text=(0, 0), bias=None, scale=Non
             mask = torch.where(mask, bias[:, None, None, :].to(q.dtype), -math.inf)
         return gqa_attention(q, k, v, mask=mask, scale=scale)
     make = _plan if torch.compiler.is_compiling() or type(q.data) is not Tensor else _kept_plan
-    plan = make(tuple(grid), tuple(text), radius, BLOCK, q.device)
+    plan = make(tuple(grid), tuple(text), radius, (ROWS, KEYS), q.device)
     if bias is not None:
         bias = bias[:, plan.order]
     q, k, v = (x.index_select(1, plan.order) for x in (q, k, v))
@@ -97,40 +99,43 @@ def _places(grid, text, radius, device):
     return (torch.cat((place, w.to(torch.float32)[None])) for w in (q_reach, k_reach))
 
 
-def _plan(grid, text, radius, block, device) -> Plan:
+def _plan(grid, text, radius, blocks, device) -> Plan:
     q_places, k_places = _places(grid, text, radius, device)
-    rows, columns = TILES[block]
     y, x = q_places[:2].long()
-    tile = torch.div(y, rows, rounding_mode="floor") * grid[1] + torch.div(x, columns, rounding_mode="floor")
-    key = (tile * rows + y % rows) * columns + x % columns
+    key = torch.zeros_like(y)
+    for size in sorted({*blocks, 1}, reverse=True):
+        # The number of this tile in the one around it, row by row.
+        high, wide = TILES.get(size, (1, 1))
+        tile = torch.div(y, high, rounding_mode="floor") * grid[1] + torch.div(x, wide, rounding_mode="floor")
+        key = key * (y.numel() + 1) + tile
     # Text comes last, so that it does not move the blocks away from the tiles.
     key = torch.where(k_places[2] > 0, torch.iinfo(torch.int64).max, key)
     order = key.argsort(stable=True)
     back = order.argsort()
     q_places, k_places = (p.index_select(1, order) for p in (q_places, k_places))
-    return Plan(order, back, q_places, k_places, _within(q_places, k_places, block))
+    return Plan(order, back, q_places, k_places, _within(q_places, k_places, *blocks))
 
 
 @functools.lru_cache(maxsize=32)
-def _kept_plan(grid, text, radius, block, device) -> Plan:
+def _kept_plan(grid, text, radius, blocks, device) -> Plan:
     # Made in a call without gradients, it may serve one with.
     with torch.inference_mode(False), torch.no_grad():
-        plan = _plan(grid, text, radius, block, device)
+        plan = _plan(grid, text, radius, blocks, device)
         longest = int(plan.blocks.count.max())
         index = plan.blocks.index[..., :longest].contiguous()
         return plan._replace(blocks=plan.blocks._replace(index=index))
 
 
-def _within(q_places, k_places, block) -> Blocks:
+def _within(q_places, k_places, rows, keys) -> Blocks:
     """The blocks of which some token may be near enough, from the rectangles that they fill."""
-    q_low, q_high = _bounds(q_places, block)
-    k_low, k_high = _bounds(k_places, block)
+    q_low, q_high = _bounds(q_places, rows)
+    k_low, k_high = _bounds(k_places, keys)
     q_low, q_high, k_low, k_high = q_low[:, :, None], q_high[:, :, None], k_low[:, None], k_high[:, None]
     gap = torch.maximum(k_low[:2] - q_high[:2], q_low[:2] - k_high[:2]).clamp_min(0)
     span = torch.maximum(k_high[:2] - q_low[:2], q_high[:2] - k_low[:2])
     layout = gap.square().sum(0) <= q_high[2] + k_high[2]
     whole = span.square().sum(0) <= q_low[2] + k_low[2]
-    return blocks_of_layout(layout[None, None], block, block, whole[None, None])
+    return blocks_of_layout(layout[None, None], rows, keys, whole[None, None])
 
 
 def _bounds(places, block):
