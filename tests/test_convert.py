@@ -53,67 +53,6 @@ def test_smaller_matmuls_run():
     assert called == [(attn.to_q, attn.inner_dim), (own["k"], width), (own["v"], width)]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("how", ["load", "fuse", "two", "disable"])
-def test_lora_on_the_originals_acts(when, how):
-    """As it acts on pooled outputs of the layer's own projections, loaded before the conversion or after it."""
-
-    def plug(model):
-        load_lora(model, UNET, 1, "one")
-        if how == "fuse":
-            model.fuse_lora(lora_scale=0.7)
-        if how == "two":
-            load_lora(model, UNET, 2, "two")
-            model.set_adapters(["one", "two"], weights=[0.5, -1.0])
-        if how == "disable":
-            model.disable_lora()
-
-    def converted(core):
-        model = UNET.model()
-        if when == "before":
-            plug(model)
-        diffattn.patch(model, core)
-        if when == "after":
-            plug(model)
-        return model
-
-    model, oracle = converted(mqa()), converted(OfOutputs(1))
-    assert error(out(UNET, model), out(UNET, oracle)) <= 1e-5
-    plain = UNET.model()
-    diffattn.patch(plain, mqa())
-    assert (error(out(UNET, model), out(UNET, plain)) > 1e-3) == (how != "disable")
-    if how == "fuse":
-        model.unfuse_lora()
-    model.unload_lora()
-    assert error(out(UNET, model), out(UNET, plain)) <= 1e-5
-    diffattn.unpatch(model)
-    assert error(out(UNET, model), out(UNET, UNET.model())) <= (1e-5 if how == "fuse" else 0)
-
-
-def test_adapters_other_than_lora_are_refused_in_the_call():
-    from peft import LoHaConfig, LoraConfig
-
-    for config in (LoraConfig(r=2, target_modules=["to_k"], use_dora=True), LoHaConfig(r=2, target_modules=["to_v"])):
-        unet = UNET.model()
-        diffattn.patch(unet, mqa())
-        unet.add_adapter(config)
-        with pytest.raises(RuntimeError, match=r"only plain LoRA can act. Call diffattn.unpatch"):
-            out(UNET, unet)
-
-
-def test_lora_training_reaches_the_adapters_and_leaves_the_core():
-    """`add_adapter` by names like to_k takes the layer's projections alone, and gradients flow to it."""
-    from peft import LoraConfig
-
-    unet = UNET.model()
-    diffattn.patch(unet, mqa())
-    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
-    assert not any("lora" in name and "processor" in name for name, _ in unet.named_parameters())
-    UNET.run(unet).square().sum().backward()
-    lora = {name: p.grad for name, p in unet.named_parameters() if "lora" in name and "attn1" in name}
-    assert lora and all(g is not None and g.abs().sum() > 0 for g in lora.values())
-
-
 @pytest.mark.parametrize("what", ["fused", "quantized"])
 def test_outputs_are_pooled_where_weights_cannot_be(what):
     unet = UNET.model()
@@ -160,31 +99,6 @@ def test_unpatch_leaves_no_trace():
     diffattn.unpatch(unet)
     assert list(unet.state_dict()) == keys and processors(unet) == had
     assert torch.equal(out(UNET, unet), stock)
-
-
-def test_a_lora_that_was_fused_and_unloaded_is_not_dropped_in_silence():
-    """It changed weights that are not called any more."""
-    unet = UNET.model()
-    diffattn.patch(unet, mqa())
-    load_lora(unet, UNET)
-    unet.fuse_lora()
-    unet.unload_lora()
-    with pytest.raises(RuntimeError, match=r"projection 'k': the layer's weight has changed .* Keep the LoRA loaded"):
-        out(UNET, unet)
-    diffattn.unpatch(unet)
-    diffattn.patch(unet, mqa())  # pools the fused weights
-    fused = UNET.model()
-    load_lora(fused, UNET)
-    fused.fuse_lora()
-    diffattn.patch(fused, OfOutputs(1))
-    assert error(out(UNET, unet), out(UNET, fused)) <= 1e-5
-
-
-def test_casting_back_and_forth_changes_no_weight_that_matters():
-    unet = UNET.model()
-    diffattn.patch(unet, mqa())
-    unet.to(torch.bfloat16).to(torch.float32)
-    assert out(UNET, unet).isfinite().all()
 
 
 def finalized(core=None):
@@ -254,8 +168,6 @@ def test_a_finalized_model_is_saved_as_weights_and_restored(tmp_path):
 def test_what_needs_a_dropped_projection_is_told():
     unet, _, _ = finalized()
     attn = unet.get_submodule(LAYER)
-    with pytest.raises(ValueError, match=r"Dropped\(\S*attn1.to_k, by diffattn.finalize\(\)\) is not supported"):
-        load_lora(unet, UNET)
     with pytest.raises(RuntimeError, match=rf"{LAYER}.to_k was dropped by diffattn.finalize"):
         attn.to_k(torch.zeros(1))
     with pytest.raises(AttributeError, match=r"weight: .* was dropped"):
