@@ -26,8 +26,9 @@ class HedgehogMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, H, D), any floating dtype, to nonnegative (B, N, H, 2 D) of the same dtype."""
-        x = torch.einsum("bnhd,hde->bnhe", x * self.scale, self.weight)
-        return torch.cat((x, -x), dim=-1).softmax(-1)
+        mapped = torch.einsum("bnhd,hde->bnhe", x * self.scale, self.weight)
+        # Back to x's: under autocast on a GPU a softmax returns float32.
+        return torch.cat((mapped, -mapped), dim=-1).softmax(-1).to(x.dtype)
 
 
 class InputMLP(nn.Sequential):

@@ -56,7 +56,7 @@ def distill(
     sampling: dict[str, Any] | None = None,
     accelerator: Any = None,
     progress: bool = True,
-    on_preview: Callable[[int, Any], None] | None = None,
+    on_preview: Callable[[int, Any, Callable], None] | None = None,
     **settings: Any,
 ) -> Result:
     """Train converted attention until a pipeline draws with it what it drew before, from prompts alone.
@@ -79,7 +79,8 @@ def distill(
         accelerator: an `accelerate.Accelerator` made elsewhere; else one is made of `mixed_precision` and
             `accumulate`. Under `accelerate launch` each process draws and trains on its share.
         progress: show a bar, or lines where there is no terminal.
-        on_preview: called with (steps done, pipeline) after each preview; the pipeline draws as the student.
+        on_preview: called with (steps done, pipeline, teacher) after each preview. The pipeline draws as the student,
+            and inside `with teacher():` as the teacher. Its time does not count as training.
         settings: the fields of `Settings`:
             steps: of stage 1 and stage 2.
             batch: samples a step, of each process; accumulate: such batches a step.
@@ -112,10 +113,13 @@ def distill(
     if settings.push_to is not None:
         cards.check_push(settings.push_to)
     if accelerator is None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulate
+            mixed_precision=settings.mixed_precision,
+            gradient_accumulation_steps=settings.accumulate,
+            # A core may leave a part of it out where there are few tokens.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
     pipe, base = _pipeline(model, accelerator.device)
     component, denoiser = _denoiser(pipe)
@@ -276,7 +280,7 @@ class _Run:
                 self.reporter.say("no loss curve: matplotlib is not installed (pip install 'diffattn[distill]')")
             if self.on_preview is not None:
                 with self.accelerator.autocast(), torch.no_grad():
-                    self.on_preview(step, self.pipe)
+                    self.on_preview(step, self.pipe, self.pair.teacher)
         self.accelerator.wait_for_everyone()
 
     def _write_result(self) -> None:

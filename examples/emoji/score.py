@@ -27,19 +27,25 @@ MODEL = HERE / "model"
 
 
 def thumbnails(pictures: np.ndarray, device: torch.device) -> Tensor:
-    """(B, 128, 128, 3) in 0..255 to (B, 3072): the mean colours of a 32 x 32 grid."""
+    """(B, S, S, 3) in 0..255, S a multiple of 32, to (B, 3072): the mean colours of a 32 x 32 grid."""
     x = torch.from_numpy(np.asarray(pictures, dtype=np.float32)).to(device)
-    return x.view(len(x), 32, 4, 32, 4, 3).mean((2, 4)).flatten(1)
+    cell = x.shape[1] // 32
+    return x.view(len(x), 32, cell, 32, cell, 3).mean((2, 4)).flatten(1)
 
 
-def draw(pipe, prompts: list[str], *, steps: int, guidance: float, batch: int = 100) -> np.ndarray:
-    """One picture a prompt, (B, 128, 128, 3) uint8; the i-th prompt's noise comes from seed i on any device."""
+def draw(pipe, prompts: list[str], *, steps: int, guidance: float, batch: int = 100, **size: int) -> np.ndarray:
+    """One picture a prompt, (B, H, W, 3) uint8; the i-th prompt's noise comes from seed i on any device.
+
+    Args:
+        size: height and width, where they are not 128.
+    """
     parts = []
     for first in range(0, len(prompts), batch):
         part = prompts[first : first + batch]
         seeds = [torch.Generator("cpu").manual_seed(first + i) for i in range(len(part))]
-        images = pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=seeds, output_type="np")
-        parts.append((images.images * 255).round().astype(np.uint8))
+        options = dict(num_inference_steps=steps, guidance_scale=guidance, output_type="np", **size)
+        images = pipe(part, generator=seeds, **options).images
+        parts.append((images * 255).round().astype(np.uint8))
     return np.concatenate(parts)
 
 

@@ -26,12 +26,21 @@ def test_the_result_is_a_folder_that_patch_loads(run, tmp_path):
     assert result.finished and result.step == 8 == len(result.losses)
     names = {"README.md", "diffattn.json", "diffattn.safetensors", "summary.json", "grid.png", "run"}
     assert names <= {p.name for p in result.folder.iterdir()}
-    other = tiny.pipeline()
-    stock = predict(other)
-    diffattn.patch(other, "mqa", weights=str(result.folder))
-    assert torch.equal(predict(other), predict(result.pipe))
+    stock = predict(tiny.pipeline())
+    for core in (None, "mqa"):
+        other = tiny.pipeline()
+        diffattn.patch(other, core, weights=str(result.folder))
+        assert torch.equal(predict(other), predict(result.pipe))
     result.handle.undo()
     assert torch.equal(predict(result.pipe), stock)
+
+
+@pytest.mark.parametrize("train", ["projections", "lora"])
+def test_projections_that_were_trained_are_saved_and_loaded(run, train):
+    result = run(core="linfusion", train=train, rank=2)
+    other = tiny.pipeline()
+    diffattn.patch(other, weights=str(result.folder))
+    assert torch.equal(predict(other), predict(result.pipe))
 
 
 def test_training_falls_and_leaves_the_teacher_alone(run):
@@ -242,13 +251,14 @@ def test_prompts_come_from_a_text_file(tmp_path):
 
 
 def test_grids_and_curves_come_every_so_many_steps(run, tmp_path):
-    seen = []
-    run(
-        curve=True,
-        preview_every=4,
-        preview_prompts=2,
-        on_preview=lambda step, pipe: seen.append((step, predict(pipe).sum())),
-    )
+    seen, stock = [], predict(tiny.pipeline())
+
+    def look(step, pipe, teacher):
+        with teacher():
+            assert torch.equal(predict(pipe), stock)
+        seen.append((step, predict(pipe).sum()))
+
+    run(curve=True, preview_every=4, preview_prompts=2, on_preview=look)
     folder = tmp_path / "out" / "run"
     assert [step for step, _ in seen] == [4, 8] and seen[0][1] != seen[1][1]
     assert {p.name for p in folder.glob("*.png")} == {"grid-000004.png", "grid-000008.png", "curve.png"}
