@@ -217,7 +217,8 @@ def export(
         typer.Option(help="Patch the model with this before. Default: exact attention.", show_default=False),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="Folder or hub id of weights for --core.", show_default=False)
+        str | None,
+        typer.Option(help="Folder or hub id of distilled weights, which say what to patch with.", show_default=False),
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="Fix batch, height, width and length of the text.")] = False,
     opset: Annotated[
@@ -230,12 +231,10 @@ def export(
     from diffattn.export import ExportError, load, to_onnx
     from diffattn.patch import patch
 
-    if weights and core is None:
-        raise fail("--weights: they are of a core; name it with --core")
     try:
         target = load(model)
-        if core is not None:
-            patch(target, core.value, weights=weights)
+        if core is not None or weights is not None:
+            patch(target, core and core.value, weights=weights)
         to_onnx(target, out, dynamic=not static, opset=opset, check=check)
     except (OSError, ValueError, ImportError) as error:
         raise fail(_first_line(error)) from None

@@ -66,3 +66,20 @@ def test_context_parallelism_is_refused():
     processor = next(iter(diffattn.status(converted()).installed.values()))
     with pytest.raises(NotImplementedError, match="unpatch"):
         processor._parallel_config = object()
+
+
+@pytest.mark.onnx
+def test_export_takes_distilled_weights_by_themselves(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    import diffattn.export
+    from diffattn.cli import app
+
+    unet, seen = converted(), {}
+    expected = out(SMALL, unet)
+    folder = str(diffattn.save_weights(unet, tmp_path / "weights"))
+    SMALL.model().save_pretrained(tmp_path / "unet")
+    monkeypatch.setattr(diffattn.export, "to_onnx", lambda target, path, **options: seen.update(target=target))
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "unet"), "--weights", folder])
+    assert result.exit_code == 0, result.output
+    assert torch.equal(out(SMALL, seen["target"]), expected)

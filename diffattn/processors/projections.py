@@ -58,7 +58,7 @@ def output(attn: nn.Module, hidden_states: Tensor, core: AttentionCore | None = 
     if own is None or "out" not in own:
         return attn.to_out[1](attn.to_out[0](hidden_states))
     out, added = own["out"](hidden_states), _added(core, "out", attn.to_out[0], hidden_states)
-    return attn.to_out[1](out if added is None else out + added)
+    return attn.to_out[1](out if added is None else out + added.to(out.dtype))
 
 
 def _project_for(core: AttentionCore, attn: nn.Module, hidden_states: Tensor, source: Tensor):
@@ -76,7 +76,7 @@ def _project_for(core: AttentionCore, attn: nn.Module, hidden_states: Tensor, so
             added = added.unflatten(-1, (-1, head_dim))
             if added.shape[2] != out.shape[2]:  # pooled, as the weights they were trained for
                 added = added.unflatten(2, (out.shape[2], -1)).mean(3)
-            out = out + added
+            out = out + added.to(out.dtype)
         heads.append(out)
     return tuple(heads)
 
@@ -138,7 +138,7 @@ def adapters(module: nn.Module, x: Tensor) -> Tensor | None:
         down, up = module.lora_A[name], module.lora_B[name]
         added = up(down(module.lora_dropout[name](x.to(down.weight.dtype)))) * module.scaling[name]
         out = added if out is None else out + added
-    return None if out is None else out.to(x.dtype)
+    return out
 
 
 ONLY_LORA = "a projection of this layer was replaced by the attention core's own, on which only plain LoRA can act"
