@@ -6,7 +6,7 @@
     TRITON_INSTRUMENTATION_MODE=consan python benchmarks/sanitize.py --only "gqa_attention D64"
 
 PyTorch's own pool of memory would hide from memcheck what is read or written past a tensor's end. The last is Triton's
-check of what barriers order, for the kernel in Gluon, which racecheck knows nothing about. Exits with 1 if a repetition
+check of what barriers order, for the kernel in Gluon, which racecheck cannot follow. Exits with 1 if a repetition
 differs.
 """
 
