@@ -51,6 +51,7 @@ def to_onnx(
     dynamic: bool | dict[str, dict[int, str]] = True,
     opset: int | None = None,
     check: bool = True,
+    streaming: bool = False,
     progress: Callable[[str], None] | None = lambda line: print(f"diffattn: {line}", file=sys.stderr),
 ) -> Path:
     """Write a model, or a pipeline's denoiser, as an ONNX file of standard operators, then compare the two.
@@ -71,6 +72,9 @@ def to_onnx(
             heads become one Attention operator each, where lower ones write out products and a softmax.
         check: compare ONNX Runtime (CPU) with the model, at three sizes that were not traced (the same one, if
             nothing is dynamic); the largest difference may be 1e-4 of the largest number in the result. float32 only.
+        streaming: write one step of `diffattn.streaming` instead: the model called with some frames, whose layers'
+            states are inputs and outputs too; `diffattn.export_streaming.describe(path)` lists them. Batch and frames
+            (or tokens) of a step may change. The model has to be one that streams.
         progress: told what happens now, in one line; None: nobody is.
 
     Returns: the path.
@@ -91,6 +95,17 @@ def to_onnx(
     weights = [*model.parameters(), *model.buffers()]
     if check and any(w.is_floating_point() and w.dtype != torch.float32 for w in weights):
         raise ValueError("check: the comparison needs a model in float32; use model.float(), or check=False")
+    if streaming:
+        from diffattn.export_streaming import to_onnx_streaming
+
+        samples, training = _samples(model, sample_inputs), model.training
+        model.eval()
+        try:
+            return to_onnx_streaming(
+                model, path, sample_inputs=samples, dynamic=dynamic, opset=opset, check=check, say=say
+            )
+        finally:
+            model.train(training)
     inputs, fixed = _flatten(model, _samples(model, sample_inputs))
     axes = _axes(inputs, dynamic, AXES_OF.get(type(model).__name__, {}))
 

@@ -243,7 +243,7 @@ class Stream:
             )
         if frame_index is not None and frame_index != self.frames:
             raise ValueError(f"frame_index: got {frame_index}, expected {self.frames}, the frame after those seen")
-        x = args[0] if args else kwargs.get("hidden_states")
+        x = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"stream: got {type(x).__name__} for the model's first argument, expected the frames' tensor"
@@ -341,14 +341,18 @@ class Stream:
 
     def _rotate(self, rope, stock, hidden_states):
         """The tables of `WanRotaryPosEmbed`, whose first features turn with time, from this frame on."""
-        rows = max(hidden_states.shape[2:])
         shifted = {}
         for name in ("freqs_cos", "freqs_sin"):
             table = getattr(rope, name)
-            time = _time_table(rope, table, name, self.frames, rows)
-            rest = table[:rows, rope.t_dim :]
-            rest = F.pad(rest, (0, 0, 0, rows - rest.shape[0]))
-            shifted[name] = torch.cat((time, rest), 1)
+            if isinstance(self.frames, Tensor):
+                # in a graph the number of frames is an input, and a size no number: turn the whole table
+                rows = torch.arange(table.shape[0], device=table.device)
+                time, rest = table[(rows + self.frames).clamp_max(len(table) - 1), : rope.t_dim], table
+            else:
+                rows = max(hidden_states.shape[2:])
+                time, rest = _time_table(rope, table, name, self.frames, rows), table[:rows]
+                rest = F.pad(rest, (0, 0, 0, rows - rest.shape[0]))
+            shifted[name] = torch.cat((time, rest[:, rope.t_dim :]), 1)
         plain = {name: value for name, value in vars(rope).items() if not name.startswith("_") and name != "forward"}
         return type(rope).forward(types.SimpleNamespace(**plain, **shifted), hidden_states)
 

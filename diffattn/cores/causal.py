@@ -11,7 +11,7 @@ from diffattn.cores.base import AttentionCore, Rotary, apply_rotary
 from diffattn.cores.linear import _interleave, _mask_keys
 from diffattn.kernels import LinearState
 from diffattn.kernels.causal_linear_attention import check_inputs, run_causal_linear_attention
-from diffattn.kernels.causal_linear_attention.reference import _map
+from diffattn.kernels.causal_linear_attention.reference import _map, exported_eps
 
 FEATURE_MAPS = ("relu", "elu1", None)
 
@@ -170,6 +170,9 @@ class CausalLinearAttention(CausalCore):
             return self._attend(q, k, v, decay, past, feature_map=feature_map, normalize=self.normalize)
         q, k, rotary = _interleave(q, k, rotate)
         q, k = _map(q, feature_map), _map(k, feature_map)
+        eps = self.eps
+        if self.normalize:
+            q, eps = exported_eps(q, eps)
         if q.dtype == torch.float16:
             # the numerator alone is a sum over all tokens, which float16 cannot hold
             q, k = q.float(), k.float()
@@ -188,7 +191,7 @@ class CausalLinearAttention(CausalCore):
             self._check(*rotated, decay, past, normalize=False)
         denominator = self._attend(*unrotated, decay, beside, normalize=False)
         out = self._attend(*rotated, decay, past, normalize=False)
-        return (out / (denominator + self.eps)).to(v.dtype)
+        return (out / (denominator + eps)).to(v.dtype)
 
     def _check(self, q, k, v, decay, state, *, normalize, feature_map=None):
         check_inputs(

@@ -1,7 +1,11 @@
 """Causal linear attention in plain torch: one equation in three forms, and what runs where Triton does not."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from diffattn.kernels._backend import exporting
 
 # Tokens whose weights for one another are written out at a time; a decay per channel gives each pair D weights.
 CHUNK = 64
@@ -15,6 +19,17 @@ def _map(x: Tensor, feature_map: str | None) -> Tensor:
         # elu(x) + 1 without the cancellation in exp(x) - 1 + 1
         return x.relu() + x.clamp_max(0).exp()
     return x
+
+
+def exported_eps(q: Tensor, eps: float) -> tuple[Tensor, float]:
+    """(q, eps), both times a power of two where an export would lose eps, which changes no bit of the quotient.
+
+    ONNX optimizers delete "+ eps" below 1e-8, and a row with phi(q) = 0 would become 0 / 0.
+    """
+    if not exporting() or not 0 < eps < 1e-7:
+        return q, eps
+    scale = 2.0 ** math.ceil(math.log2(1e-6 / eps))
+    return q * scale, eps * scale
 
 
 def split_state(state: Tensor, D: int, E: int) -> tuple[Tensor, Tensor | None]:
@@ -45,6 +60,8 @@ def causal_linear_attention_reference(
     B, N, H, D = q.shape
     kv_heads, E = v.shape[2:]
     q, k = _map(q, feature_map), _map(k, feature_map)
+    if normalize:
+        q, eps = exported_eps(q, eps)
     # [B, Hkv, G, N, D]: the G query heads of each key/value head, which is never repeated
     q = q.unflatten(2, (kv_heads, H // kv_heads)).permute(0, 2, 3, 1, 4)
     k, v = k.transpose(1, 2), v.transpose(1, 2)

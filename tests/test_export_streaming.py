@@ -1,0 +1,99 @@
+"""A step of a stream as an ONNX graph: its states go in and out, and a hundred of them are the stream."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diffattn import CausalLinearAttention, SoftmaxAttention
+from diffattn.export import ExportError, to_onnx
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.onnx
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+class Sequence(nn.Module):
+    """Tokens in a row, two layers."""
+
+    def __init__(self, *cores):
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(8, 24) for _ in cores)
+        self.cores = nn.ModuleList(cores)
+
+    def forward(self, x):
+        for qkv, core in zip(self.qkv, self.cores, strict=True):
+            q, k, v = (t.unflatten(-1, (2, 4)) for t in qkv(x).chunk(3, -1))
+            x = x + core(q, k, v).flatten(2)
+        return x
+
+
+def test_a_sequence_model_with_its_states(tmp_path):
+    """Decays of a head; batch and tokens of a step change in the comparison that the export makes."""
+    from diffattn.export_streaming import describe
+
+    torch.manual_seed(0)
+    model = Sequence(CausalLinearAttention("elu1"), CausalLinearAttention("relu", decay=[-0.1, -1.0]))
+    path = to_onnx(
+        model, tmp_path / "step.onnx", sample_inputs=dict(x=torch.randn(2, 5, 8)), streaming=True, progress=None
+    )
+    assert describe(path) == [
+        dict(name=f"cores.{i}", input=f"cores.{i}", output=f"next_cores.{i}", shape=["batch", 2, 20], dtype="float32")
+        for i in range(2)
+    ]
+    graph = onnx.load(path).graph
+    assert [i.name for i in graph.input] == ["x", "cores.0", "cores.1"]
+    assert [o.name for o in graph.output] == ["out", "next_cores.0", "next_cores.1"]
+    first = graph.input[0].type.tensor_type.shape.dim
+    assert [d.dim_param or d.dim_value for d in first] == ["batch", "tokens", 8]
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+
+
+def test_what_has_no_fixed_state_is_refused(tmp_path):
+    model = Sequence(SoftmaxAttention())
+    samples = dict(x=torch.randn(2, 5, 8))
+    with pytest.raises(ValueError, match="window: got None"):
+        to_onnx(model, tmp_path / "step.onnx", sample_inputs=samples, streaming=True, progress=None)
+    with pytest.raises(TypeError, match="dynamic: got"):
+        to_onnx(
+            Sequence(CausalLinearAttention()), tmp_path / "step.onnx", sample_inputs=samples, streaming=True,
+            dynamic={"x": {1: "tokens"}}, progress=None,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="batch is 1 in x"):
+        to_onnx(
+            Sequence(CausalLinearAttention()), tmp_path / "step.onnx", sample_inputs=dict(x=torch.randn(1, 5, 8)),
+            streaming=True, progress=None,
+        )  # fmt: skip
+    assert not (tmp_path / "step.onnx").exists()
+
+
+def test_a_wrong_file_is_found_out(tmp_path, monkeypatch):
+    import diffattn.export_streaming as export_streaming
+
+    monkeypatch.setattr(export_streaming, "TOLERANCE", -1.0)
+    model = Sequence(CausalLinearAttention("elu1"))
+    with pytest.raises(ExportError, match="is not what the stream computes: step 1"):
+        to_onnx(
+            model, tmp_path / "step.onnx", sample_inputs=dict(x=torch.randn(2, 5, 8)), streaming=True, progress=None
+        )
+
+
+@pytest.mark.slow
+def test_the_example_runs_a_hundred_frames(tmp_path):
+    """SANA-Video's transformer, its temporal convolution and rotary embedding included."""
+    path = Path(__file__).parents[1] / "examples" / "onnx_stream.py"
+    spec = importlib.util.spec_from_file_location("onnx_stream", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    assert example.main(frames=100, layers=1, folder=str(tmp_path)) <= 1e-4
