@@ -1,10 +1,15 @@
-"""What the block-sparse kernels share: walking through a list of blocks, and checking pairs of tokens."""
+"""What the block-sparse kernels share: walking through a list of blocks, and checking pairs of tokens.
+
+Every turn of a loop ends with a product that is waited for, `+ nothing(K)`: its left operand is in registers, which
+the next turn might overwrite (see linear_attention/triton_tiles.py).
+"""
 
 import torch
 import triton
 import triton.language as tl
 
 from diffattn.kernels.gqa_attention.triton import LOG2E
+from diffattn.kernels.linear_attention.triton_tiles import nothing as nothing  # for the kernels
 
 # Arguments that differ from picture to picture: a kernel made for each value would be compiled again and again.
 COUNTS = ["K", "L", "n_tiles", "n_blocks"]

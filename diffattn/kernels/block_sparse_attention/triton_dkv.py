@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from diffattn.kernels.block_sparse_attention.triton import COUNTS, hide_far, list_of, load_places
+from diffattn.kernels.block_sparse_attention.triton import COUNTS, hide_far, list_of, load_places, nothing
 from diffattn.kernels.gqa_attention.triton import load_block
 
 
@@ -30,6 +30,7 @@ def _dkv_step(
     scale,
     N,
     H,
+    L,
     stride_qb,
     stride_qn,
     stride_qh,
@@ -84,7 +85,7 @@ def _dkv_step(
         b_ds = b_dp + b_delta[None, :]
     else:
         b_ds = b_p * (b_dp * gain - b_delta[None, :])
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION) + nothing(L)
     return b_dk, b_dv
 
 
@@ -195,7 +196,7 @@ def block_sparse_attention_dkv_bwd_kernel(
         i_n = i_block % n_blocks * ROWS + i % PARTS * BN
         b_dk, b_dv = _dkv_step(
             b_dk, b_dv, b_k, b_v, b_bias, b_y, b_x, b_w, gain, i_b, i_h, i_n, p_q, p_do, p_q_places, p_base, p_rsum,
-            p_delta, scale_log2, N, H,
+            p_delta, scale_log2, N, H, L,
             stride_qb, stride_qn, stride_qh, stride_qd, stride_db, stride_dn, stride_dh, stride_de,
             D, E, BD, BE, BN, False, PLACED, BIASED, PRODUCT, PRECISION, TMA, WIDE,
         )  # fmt: skip
@@ -205,7 +206,7 @@ def block_sparse_attention_dkv_bwd_kernel(
         i_n = i_block % n_blocks * ROWS + i % PARTS * BN
         b_dk, b_dv = _dkv_step(
             b_dk, b_dv, b_k, b_v, b_bias, b_y, b_x, b_w, gain, i_b, i_h, i_n, p_q, p_do, p_q_places, p_base, p_rsum,
-            p_delta, scale_log2, N, H,
+            p_delta, scale_log2, N, H, L,
             stride_qb, stride_qn, stride_qh, stride_qd, stride_db, stride_dn, stride_dh, stride_de,
             D, E, BD, BE, BN, True, PLACED, BIASED, PRODUCT, PRECISION, TMA, WIDE,
         )  # fmt: skip

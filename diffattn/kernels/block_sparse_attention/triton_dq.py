@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from diffattn.kernels.block_sparse_attention.triton import COUNTS, hide_far, list_of, load_places
+from diffattn.kernels.block_sparse_attention.triton import COUNTS, hide_far, list_of, load_places, nothing
 from diffattn.kernels.gqa_attention.triton import load_block
 
 
@@ -28,6 +28,7 @@ def _dq_step(
     p_bias,
     scale,
     M,
+    K,
     stride_kb,
     stride_km,
     stride_kh,
@@ -74,7 +75,7 @@ def _dq_step(
         if BIASED:
             b_p *= b_rsum[:, None]
         b_ds = b_p * (b_dp * gain - b_delta[:, None])
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION) + nothing(K)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -191,7 +192,7 @@ def block_sparse_attention_dq_bwd_kernel(
         i_m = tl.load(p_index + i // PARTS) * KEYS + i % PARTS * BM
         b_dq = _dq_step(
             b_dq, b_q, b_do, b_base, b_rsum, b_delta, b_y, b_x, b_w, gain, i_b, i_kv, i_m, p_k, p_v, p_k_places,
-            p_bias, scale_log2, M,
+            p_bias, scale_log2, M, K,
             stride_kb, stride_km, stride_kh, stride_kd, stride_vb, stride_vm, stride_vh, stride_ve,
             D, E, BD, BE, BM, False, PLACED, BIASED, PRODUCT, PRECISION, TMA, WIDE,
         )  # fmt: skip
@@ -199,7 +200,7 @@ def block_sparse_attention_dq_bwd_kernel(
         i_m = tl.load(p_index + i // PARTS) * KEYS + i % PARTS * BM
         b_dq = _dq_step(
             b_dq, b_q, b_do, b_base, b_rsum, b_delta, b_y, b_x, b_w, gain, i_b, i_kv, i_m, p_k, p_v, p_k_places,
-            p_bias, scale_log2, M,
+            p_bias, scale_log2, M, K,
             stride_kb, stride_km, stride_kh, stride_kd, stride_vb, stride_vm, stride_vh, stride_ve,
             D, E, BD, BE, BM, True, PLACED, BIASED, PRODUCT, PRECISION, TMA, WIDE,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from diffattn.kernels.block_sparse_attention.triton import (
     list_of,
     list_strides,
     load_places,
+    nothing,
 )
 from diffattn.kernels.gqa_attention.triton import (
     LOG2E,
@@ -47,6 +48,7 @@ def _fwd_step(
     p_bias,
     scale,
     M,
+    K,
     stride_kb,
     stride_km,
     stride_kh,
@@ -100,7 +102,7 @@ def _fwd_step(
     b_v = load_block(
         p_v, i_b, i_kv, i_m, M, stride_vb, stride_vm, stride_vh, stride_ve, E, BE, BM, CHECK, TMA, WIDE
     )  # [BM, BE]
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION) + nothing(K)
     return b_acc, b_l, b_new
 
 
@@ -202,14 +204,14 @@ def block_sparse_attention_fwd_kernel(
     for i in range(0, full * PARTS):
         i_m = tl.load(p_index + i // PARTS) * KEYS + i % PARTS * BM
         b_acc, b_l, b_m = _fwd_step(
-            b_acc, b_l, b_m, b_q, b_y, b_x, b_w, i_b, i_kv, i_m, p_k, p_v, p_k_places, p_bias, gain, M,
+            b_acc, b_l, b_m, b_q, b_y, b_x, b_w, i_b, i_kv, i_m, p_k, p_v, p_k_places, p_bias, gain, M, K,
             stride_kb, stride_km, stride_kh, stride_kd, stride_vb, stride_vm, stride_vh, stride_ve,
             D, E, BD, BE, BM, False, PLACED, BIASED, PRODUCT, SHIFT, PRECISION, TMA, WIDE,
         )  # fmt: skip
     for i in range(full * PARTS, count * PARTS):
         i_m = tl.load(p_index + i // PARTS) * KEYS + i % PARTS * BM
         b_acc, b_l, b_m = _fwd_step(
-            b_acc, b_l, b_m, b_q, b_y, b_x, b_w, i_b, i_kv, i_m, p_k, p_v, p_k_places, p_bias, gain, M,
+            b_acc, b_l, b_m, b_q, b_y, b_x, b_w, i_b, i_kv, i_m, p_k, p_v, p_k_places, p_bias, gain, M, K,
             stride_kb, stride_km, stride_kh, stride_kd, stride_vb, stride_vm, stride_vh, stride_ve,
             D, E, BD, BE, BM, True, PLACED, BIASED, PRODUCT, SHIFT, PRECISION, TMA, WIDE,
         )  # fmt: skip
