@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ LINFUSION_NAMES = {
 }
 
 
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
 @dataclass
 class Checkpoint:
     """What a folder holds, before any of it is in a model.
@@ -40,14 +48,13 @@ class Checkpoint:
         source: as it was asked for.
         cores: layer as it was saved -> name and arguments of its core, {"core": class name, **config}.
         heads: layer -> its heads, where the format tells.
-        files: layer -> parameter as in the processor's state dict -> file and the tensor's name in it.
-        names: layer -> parameter -> what to call it in messages, where the format has other names.
+        files: layer -> parameter as in the processor's state dict -> where it is.
     """
 
     source: str
     cores: dict[str, dict[str, Any]] = field(default_factory=dict)
     heads: dict[str, int] = field(default_factory=dict)
-    files: dict[str, dict[str, tuple[Path, str]]] = field(default_factory=lambda: defaultdict(dict))
+    files: dict[str, dict[str, "Stored"]] = field(default_factory=lambda: defaultdict(dict))
 
     def match(self, layers: Iterable[Layer]) -> dict[str, str]:
         """Name of a layer -> the name that it was saved under, with its component's name before it or without.
@@ -97,20 +104,13 @@ class Checkpoint:
         prefix = "core.projections."
         return sorted({key.split(".")[2] for key in self.files[saved] if key.startswith(prefix)})
 
-    def shape(self, saved: str, key: str) -> tuple[int, ...]:
-        file, name = self.files[saved][key]
-        with _opened(file) as tensors:
-            return tuple(tensors.get_slice(name).get_shape())
-
     def read(self, saved: str) -> dict[str, Tensor]:
         """The tensors of a layer by parameter."""
-        by_file = defaultdict(list)
-        for key, (file, name) in self.files[saved].items():
-            by_file[file].append((key, name))
         read = {}
-        for file, keys in by_file.items():
+        for file in {stored.file for stored in self.files[saved].values()}:
             with _opened(file) as tensors:
-                read |= {key: tensors.get_tensor(name) for key, name in keys}
+                here = {key: stored.name for key, stored in self.files[saved].items() if stored.file == file}
+                read |= {key: tensors.get_tensor(name) for key, name in here.items()}
         return read
 
 
@@ -156,12 +156,13 @@ def _own(folder: Path, source: str) -> Checkpoint:
         raise ValueError(f"weights: {folder / CONFIG_NAME} names no layers: expected {{layer: {{'core': ...}}}}")
     checkpoint = Checkpoint(source, layers)
     strangers = []
-    for name in _names(folder / WEIGHTS_NAME):
+    for stored in _contents(folder / WEIGHTS_NAME):
+        name = stored.name
         layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
         if layer is None:
             strangers.append(name)
         else:
-            checkpoint.files[layer][name.removeprefix(f"{layer}.")] = folder / WEIGHTS_NAME, name
+            checkpoint.files[layer][name.removeprefix(f"{layer}.")] = stored
     if strangers:
         raise ValueError(f"weights: {folder / WEIGHTS_NAME} has tensors of no layer in its config: {_some(strangers)}")
     return checkpoint
@@ -186,15 +187,15 @@ def _linfusion(folder: Path, source: str) -> Checkpoint:
         checkpoint.heads[module["module_name"]] = module["heads"]
     strangers = []
     for file in _model_files(folder):
-        for name in _names(file):
-            index, _, rest = name.partition(".")
+        for stored in _contents(file):
+            index, _, rest = stored.name.partition(".")
             ours = next(
                 (rest.replace(old, new, 1) for old, new in LINFUSION_NAMES.items() if rest.startswith(old)), ""
             )
             if not ours or not index.isdecimal() or int(index) >= len(names):
-                strangers.append(name)
+                strangers.append(stored.name)
             else:
-                checkpoint.files[names[int(index)]][ours] = file, name
+                checkpoint.files[names[int(index)]][ours] = stored
     if strangers:
         raise ValueError(f"weights: {source} has tensors that LinFusion has not: {_some(strangers)}")
     for i, name in enumerate(names):
@@ -207,7 +208,8 @@ def _model_files(folder: Path) -> list[Path]:
     """The safetensors of a ModelMixin folder: one file, several with an index, or one of a variant (fp16)."""
     index = folder / (MODEL_WEIGHTS + ".index.json")
     if index.is_file():
-        return [folder / name for name in sorted(set(_json(index).get("weight_map", {}).values()))]
+        # Of this folder alone, whatever the index says.
+        return [folder / Path(name).name for name in sorted(set(_json(index).get("weight_map", {}).values()))]
     whole = folder / MODEL_WEIGHTS
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))[:1]
 
@@ -273,9 +275,9 @@ def _json(path: Path) -> dict[str, Any]:
     return read
 
 
-def _names(file: Path) -> list[str]:
+def _contents(file: Path) -> list[Stored]:
     with _opened(file) as tensors:
-        return list(tensors.keys())
+        return [Stored(file, name, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys()]
 
 
 def _opened(file: Path):
@@ -311,10 +313,12 @@ def load_into(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> None:
         roles = [role for role in checkpoint.roles(saved) if own is None or role not in own]
         here = {name: tuple(tensor.shape) for name, tensor in processor.state_dict().items()}
         for role in roles:
+            if role not in info.weights:
+                processor.core.own(info, [role])  # raises, and says why not
             for part, tensor in zip(("weight", "bias"), info.weights.get(role, ()), strict=False):
                 if tensor is not None:
                     here[f"core.projections.{role}.{part}"] = tuple(tensor.shape)
-        there = {key: checkpoint.shape(saved, key) for key in checkpoint.files[saved]}
+        there = {key: stored.shape for key, stored in checkpoint.files[saved].items()}
         if here.keys() != there.keys():
             raise ValueError(
                 f"weights: parameters of layer {layer.name} differ: only in {checkpoint.source}: "

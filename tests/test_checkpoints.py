@@ -172,6 +172,19 @@ def test_a_model_whose_projections_cannot_be_replaced(unet, linfusion):
     assert processors(unet) == had and torch.equal(out(UNET, unet), stock)
 
 
+def test_projections_for_a_model_that_hands_none_over(unet, tmp_path):
+    """Weights of `"hedgehog"` need none, but these were saved with projections of their own."""
+    other = UNET.model()
+    for name, processor in diffattn.patch(other, "hedgehog").installed.items():
+        attn = other.get_submodule(name)
+        processor.core.own(type(processor).layer_info(attn), ["v"])
+    folder = diffattn.save_weights(other, tmp_path)
+    unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"cannot have its own 'v' here: .* hands over none.* not fused"):
+        diffattn.patch(unet, weights=str(folder))
+    assert not diffattn.status(unet).installed
+
+
 def test_offloaded_models(unet, linfusion):
     from accelerate import cpu_offload
 
