@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-matrix lint clean
 
 demo: .venv/.installed
 	$(BIN)/diffattn demo
@@ -10,12 +10,16 @@ demo: .venv/.installed
 test: .venv/.installed lint
 	$(BIN)/pytest -n 2
 
+# The quick tests on the oldest supported versions and on the newest, in environments of their own (several GB).
+test-matrix:
+	$(PYTHON) tools/test_matrix.py
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .matrix
 
 # The stamp is written last: an installation that was cut off is repeated.
 .venv/.installed: pyproject.toml constraints.txt

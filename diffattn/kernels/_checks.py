@@ -67,8 +67,9 @@ def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
     if mask.device != q.device:
         raise ValueError(f"mask: on {mask.device}, expected {q.device} as q")
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    # Of one length, since torch 2.6 traces no other zip.
     if mask.ndim > 4 or any(
-        have != 1 and have != want for have, want in zip(mask.shape[::-1], full[::-1], strict=False)
+        have != 1 and have != want for have, want in zip(mask.shape, full[4 - mask.ndim :], strict=True)
     ):
         raise ValueError(
             f"mask: got shape {shape_of(mask)}, expected one that broadcasts to (B, H, N, M) = {tuple(full)}"

@@ -73,9 +73,10 @@ class HiDreamAttnProcessor(StreamAttnProcessor):
     ) -> Tensor | tuple[Tensor, Tensor]:
         image = self.stream(attn, hidden_states)
         text = None if attn.single else self.stream(attn, encoder_hidden_states, "_t")
-        lengths = [s.q.shape[1] for s in (image, text) if s is not None]
+        streams = [image] if text is None else [image, text]
+        lengths = [stream.q.shape[1] for stream in streams]
         tables = split(from_matrices(image_rotary_emb), lengths)
-        streams = [s._replace(rotary=t) for s, t in zip((image, text), tables, strict=False)]
+        streams = [Stream(s.q, s.k, s.v, s.norms, table) for s, table in zip(streams, tables, strict=True)]
         q, k, v = join_streams(self.core, *streams, all_heads=True)
         if hidden_states_masks is not None:
             # A factor a token: before the rotation or after it is the same.

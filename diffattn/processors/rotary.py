@@ -69,16 +69,18 @@ def split(rotary: Rotary | None, lengths: list[int]) -> list[Rotary | None]:
     """The tables of a joined sequence, one for each of its parts."""
     if rotary is None:
         return [None] * len(lengths)
-    cos, sin = (t.split(lengths, dim=-2) for t in rotary[:2])
+    cos, sin = rotary.cos.split(lengths, dim=-2), rotary.sin.split(lengths, dim=-2)
     return [Rotary(*tables, rotary.interleaved) for tables in zip(cos, sin, strict=True)]
 
 
 def join(rotaries: list[Rotary | None], lengths: list[int]) -> Rotary | None:
     """One table for a joined sequence; parts without one are not rotated."""
-    known = next((r for r in rotaries if r is not None), None)
-    if known is None:
+    # Lists, since torch 2.6 does not trace next() with a default.
+    present = [r for r in rotaries if r is not None]
+    if not present:
         return None
-    batch = next((r.cos.shape[:1] for r in rotaries if r is not None and r.cos.dim() == 3), ())
+    known = present[0]
+    batch = ([r.cos.shape[:1] for r in present if r.cos.dim() == 3] or [()])[0]
 
     def table(index: int, rest: float) -> Tensor:
         width = known.cos.shape[-1]

@@ -34,7 +34,8 @@ class WanAttnProcessor(StreamAttnProcessor):
 
     @classmethod
     def attends_to_itself(cls, name, attn):
-        return not attn.is_cross_attention
+        # VACE's control blocks of diffusers 0.35 are cross-attention that does not say so.
+        return not attn.is_cross_attention and not name.endswith("attn2")
 
 
 def attend_to_image_too(processor, attn, hidden_states, text, image, mask=None) -> Tensor:

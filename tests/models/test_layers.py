@@ -116,6 +116,7 @@ def test_each_processor_compiles_to_one_graph(stock_class):
 @pytest.mark.parametrize("tiny", PATCHABLE, ids=str)
 def test_models_run_on_the_kernels(tiny, device, triton_backend):
     """Norms and rotation in one kernel, and the exact patch's core: what a GPU runs in eager inference."""
+    tiny.needed()
     with torch.device(device), torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad(), tiny.reference():
         model = tiny.model().to(device)
 

@@ -4,6 +4,7 @@ import multiprocessing
 import sys
 import traceback
 
+import diffusers
 import pytest
 import torch
 import torch.distributed as dist
@@ -45,9 +46,7 @@ def in_two_processes(work, folder):
 
 
 def enable(model):
-    from diffusers import ContextParallelConfig
-
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
 
 
 def cut(text):
@@ -69,6 +68,8 @@ SPLIT = {
 @pytest.mark.parametrize("name", SPLIT)
 def test_softmax_goes_through_the_dispatch_of_diffusers(name, tmp_path):
     """Either order; unpatched, the model runs on as stock does."""
+    if not hasattr(diffusers, "ContextParallelConfig"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no ContextParallelConfig")
     tiny, inputs = BY_NAME[name], SPLIT[name] | dict(return_dict=False)
     alone = out(tiny, tiny.model(), **inputs)
 

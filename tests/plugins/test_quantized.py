@@ -2,8 +2,10 @@
 
 import functools
 
+import diffusers
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 import diffattn
@@ -62,7 +64,11 @@ def acts_as_on_stock(tiny, make, core, exact, bar=1e-5):
     assert processors(model) == had
 
 
-@pytest.mark.parametrize("patch", PATCHES)
+#: Cores that own projections pool or copy the weights that are there when they are made: tests of conversions.
+CALLED = [name for name in PATCHES if name not in ("unet-mqa", "unet-linfusion")]
+
+
+@pytest.mark.parametrize("patch", CALLED)
 def test_projections_are_called(patch):
     tiny, core, exact = PATCHES[patch]
     acts_as_on_stock(tiny, lambda model: quantize(model, lambda linear: Packed(linear, torch.float32)), core, exact)
@@ -71,6 +77,8 @@ def test_projections_are_called(patch):
 @pytest.mark.parametrize("patch", ["unet-softmax", "unet-linear", "flux-softmax"])
 def test_the_dtype_of_projections_is_followed(patch):
     """A float32 model whose projections compute in bfloat16, and return it."""
+    if patch == "flux-softmax" and Version(diffusers.__version__) < Version("0.36"):
+        pytest.skip("Flux of diffusers 0.35 cannot mix dtypes")
     tiny, core, exact = PATCHES[patch]
     make = functools.partial(quantize, make=lambda linear: Packed(linear, torch.bfloat16))
     acts_as_on_stock(tiny, make, core, exact, bar=2.5e-3)
@@ -96,7 +104,7 @@ def test_gguf(patch):
     acts_as_on_stock(tiny, lambda model: quantize(model, make), core, exact)
 
 
-@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("patch", CALLED)
 def test_torchao_int8_weight_only(patch):
     ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 

@@ -1,0 +1,60 @@
+"""Run the quick tests on the oldest supported versions and on the newest: `make test-matrix`.
+
+The oldest set is what pyproject.toml promises: every `name>=version` in it, pinned to that version. The newest is what
+pip finds today. Each gets a virtual environment of its own in .matrix, some GB large, kept for the next run.
+
+    python tools/test_matrix.py [oldest] [newest] [-- arguments of pytest]
+"""
+
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTRAS = {
+    "oldest": "export,test",
+    "newest": "export,test,quant",  # which CI leaves out: importing diffusers takes a second more with them
+}
+#: Triton's interpreter takes minutes for the kernels, which these versions change little; ONNX Runtime for exports.
+QUICK = ["tests", "--ignore=tests/kernels", "-m", "not slow and not onnx", "-q", "-p", "no:cacheprovider"]
+
+
+def pins(name: str) -> list[str]:
+    if name == "newest":
+        return []
+    bounds = re.findall(r'"([\w.-]+)>=([\w.]+)', (ROOT / "pyproject.toml").read_text())
+    return [f"{package}=={version}" for package, version in bounds]
+
+
+def run(name: str, arguments: list[str]) -> int:
+    folder = ROOT / ".matrix" / name
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(pins(name)) + "\n")
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    upgrade = ["--upgrade", "--upgrade-strategy=eager"] if name == "newest" else []
+    subprocess.run([*install, *upgrade, "-c", constraints, "-e", f"{ROOT}[{EXTRAS[name]}]"], check=True)
+    found = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout
+    shown = re.findall(r"(?m)^(?:torch|triton|diffusers|transformers|accelerate|peft)==\S+", found)
+    print(f"{name}: {', '.join(shown)}", flush=True)
+    return subprocess.run([python, "-m", "pytest", *QUICK, *arguments], cwd=ROOT).returncode
+
+
+def main(arguments: list[str]) -> int:
+    names, _, more = " ".join(arguments).partition("--")
+    names = names.split() or list(EXTRAS)
+    unknown = [name for name in names if name not in EXTRAS]
+    if unknown:
+        sys.exit(f"got {unknown[0]!r}, expected oldest or newest")
+    codes = {name: run(name, more.split()) for name in names}
+    for name, code in codes.items():
+        print(f"{name}: {'passed' if code == 0 else f'failed, pytest says {code}'}")
+    return max(codes.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
