@@ -20,7 +20,15 @@ import triton
 
 from diffattn import config
 from diffattn.cores import Rotary
-from diffattn.kernels import gqa_attention, linear_attention, qk_norm_rope
+from diffattn.kernels import (
+    block_sparse_attention,
+    gqa_attention,
+    linear_attention,
+    linear_attention_outside,
+    qk_norm_rope,
+    window_attention,
+)
+from diffattn.kernels.block_sparse_attention import blocks_of_layout
 
 
 def rand(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
@@ -68,6 +76,18 @@ def calls() -> Iterator[tuple[str, Callable]]:
         q, k, v = (x.detach() for x in (q, k, v))
         int8 = functools.partial(gqa_attention, precision="int8")
         yield f"gqa_attention int8 D{D}", lambda q=q, k=k, v=v, f=int8: (f(q, k, v),)
+    for D, rows, keys in ((64, 128, 64), (128, 64, 64), (40, 16, 32)):
+        q, k, v = rand(2, 301, 6, D), rand(2, 333, 2, D), rand(2, 333, 2, D)
+        layout = torch.rand(2, 6, -(-301 // rows), -(-333 // keys), device="cuda") > 0.5
+        lists = {"blocks": blocks_of_layout(layout, rows, keys)}
+        name = f"D{D} {rows} x {keys}, gradients"
+        yield f"block_sparse_attention {name}", with_gradients(block_sparse_attention, q, k, v, **lists)
+        outside = functools.partial(linear_attention_outside, **lists)
+        q, k = q.detach().float().softmax(-1).bfloat16(), k.detach().float().softmax(-1).bfloat16()
+        yield f"linear_attention_outside {name}", with_gradients(outside, q, k, v.detach())
+    q, k, v = (rand(2, 333, 2, 96) for _ in range(3))
+    window = functools.partial(window_attention, radius=4.5, grid=(17, 19), text=(7, 3))
+    yield "window_attention D96, gradients", with_gradients(window, q, k, v)
     q, k = rand(2, 301, 6, 96), rand(2, 301, 2, 96)
     weight = rand(96)
     for interleaved in (True, False):
