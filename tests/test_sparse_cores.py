@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,6 +308,20 @@ def test_exports_to_onnx(name, tmp_path):
         with pytest.raises(ExportError, match="static shape of 100"):
             anywhere = {key: {1: "tokens"} for key in "qkv"}
             to_onnx(model, tmp_path / "other.onnx", sample_inputs=inputs, dynamic=anywhere)
+
+
+def test_the_benchmark_compares_what_it_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import sparse
+
+    case = sparse.Case("small", 1, 16, 2, 8, text=9)
+    q, k, v = (torch.randn(1, case.N, 2, 8, dtype=torch.bfloat16) for _ in range(3))
+    outs = {name: core(q, k, v) for name, core in sparse.cores(case, "cpu").items()}
+    assert all(out.shape == q.shape and out.dtype == q.dtype for out in outs.values())
+    # A radius of 32 sees a picture of 16 x 16 tokens whole.
+    torch.testing.assert_close(outs["window, radius 32"], outs["dense"], rtol=2e-2, atol=2e-3)
+    assert not torch.allclose(outs["window, radius 8"], outs["dense"], rtol=2e-2, atol=2e-3)
+    assert len({case.name for case in sparse.CASES}) == len(sparse.CASES)
 
 
 # Errors
