@@ -125,9 +125,11 @@ def _walk(
         "channels": causal_linear_attention_channels_kernel,
         "walk": causal_linear_attention_walk_kernel,
     }[name]
-    BD, width = _padded(D), max(_padded(D), _padded(E))
+    width = max(_padded(D), _padded(E))
+    # Tiles of one swizzle, which is that of 64 elements for all wider ones: of two, ptxas 12.8 mixes up the addresses.
+    BD = max(_padded(D), min(width, 64))
     limit = STATE_BLOCK[2 if dtype == torch.bfloat16 else 4] // (2 if name == "frames" and rate else 1)
-    BE = max(16, min(_padded(E), limit // BD))
+    BE = max(min(width, 64), min(_padded(E), limit // BD))
     e_blocks = _cdiv(E, BE)
     rates = empty(0)
     if rate:
@@ -303,7 +305,7 @@ def _quotient(grad, out, residual, inverse):
     BE = _padded(E)
     BN = max(1, 4096 // BE)
     with _on_device(out):
-        causal_linear_attention_quotient_kernel[(B * H, _cdiv(N, BN))](
+        causal_linear_attention_quotient_kernel[(_cdiv(N, BN), B * H)](
             grad, out, residual, inverse, b, *grad.stride(), N, H, E=E, BE=BE, BN=BN,
             RESIDUAL=2 if residual.numel() else 1, num_warps=4,
         )  # fmt: skip
