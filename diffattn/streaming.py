@@ -26,6 +26,8 @@ from diffattn.processors import CoreAttnProcessor
 # The stream on whose behalf this thread runs a model. Two streams of one model tell themselves apart by it.
 _RUNNING: contextvars.ContextVar["Stream | None"] = contextvars.ContextVar("diffattn_stream", default=None)
 _LOCK = threading.Lock()
+# Models of diffusers whose positions and convolutions stream; of others the frames would all be the first.
+MODELS = ("SanaVideoTransformer3DModel", "WanTransformer3DModel")
 # Attribute of a module whose forward asks for the running stream: how many streams are open over it.
 _OPEN = "_diffattn_streams"
 
@@ -51,9 +53,9 @@ def streaming(
     counting. Cross-attention is as ever. Cutting the frames differently changes nothing, all of them at once included.
 
     Args:
-        model: a core, a model made of them, or a diffusers model patched with `CausalLinearAttention(block=...)`,
-            whose `block` is the tokens of a frame. It is left as it was when the context ends. More than one stream
-            may be open over a model, also in threads.
+        model: a core, a model made of them, or SANA-Video's or Wan's transformer patched with
+            `CausalLinearAttention(block=...)`, whose `block` is the tokens of a frame. It is left as it was when the
+            context ends. More than one stream may be open over a model, also in threads.
         frames_per_chunk: frames of a call; None takes any number.
         window, sink: frames that softmax self-attention keeps, the current one counted. Needed if there is any.
         time_dim: the dimension of the model's first argument along which frames follow one another: None is 2 of a
@@ -388,6 +390,13 @@ def _alike(one: CausalState, other: CausalState) -> bool:
 
 def _plan(model: nn.Module, window: int | None) -> tuple[dict[nn.Module, Any], dict[nn.Module, str]]:
     """What each module does in a stream, and its name."""
+    for module in model.modules():
+        kind = type(module)
+        if kind.__module__.startswith("diffusers.") and hasattr(kind, "load_config") and kind.__name__ not in MODELS:
+            raise ValueError(
+                f"model: got {kind.__name__}, expected one of {', '.join(MODELS)}: of diffusers' models, it is these "
+                "whose positions are known to go on from call to call"
+            )
     plan, names, ahead = {}, {}, []
     apart = set()  # cores that attend to something else than the frames
 

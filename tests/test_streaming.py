@@ -12,7 +12,7 @@ import diffattn
 from diffattn import CausalLinearAttention, GroupedQueryAttention, LinearAttention, SoftmaxAttention
 from diffattn.cores import Rotary
 from diffattn.streaming import streaming
-from tests.models.video_stream import VIDEO_STREAM as MODELS
+from tests.models import BY_NAME
 
 BAR = 1e-5
 CUTS = [(1,) * 7, (3, 3, 1), (7,), (1, 3, 2, 1)]
@@ -125,7 +125,7 @@ def test_memory_of_softmax_is_bounded():
 
 def sana(**changes):
     """The tiny SANA-Video with causal self-attention: 16 tokens a frame."""
-    tiny = next(m for m in MODELS if m.cls == "SanaVideoTransformer3DModel")
+    tiny = BY_NAME["SanaVideoTransformer3DModel"]
     model = tiny.model() if not changes else type(tiny.model())(**{**tiny.config, **changes}).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -165,6 +165,20 @@ def test_sana_video(cut, sana_video):
         assert stream.frames == 7
         assert len(stream.states) == 2
     assert torch.equal(sana_video(video, **inputs)[0], before)
+
+
+@pytest.mark.parametrize("cut", [(1,) * 7, (3, 3, 1)])
+def test_wan(cut):
+    """Against the model itself: Wan has nothing but attention that mixes frames."""
+    model = BY_NAME["WanTransformer3DModel"].model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        diffattn.patch(model, CausalLinearAttention("elu1", block=4))
+    inputs = dict(encoder_hidden_states=torch.randn(2, 7, 16), timestep=torch.tensor([3, 500]), return_dict=False)
+    video = torch.randn(2, 4, 7, 4, 4)
+    whole = model(video, **inputs)[0]
+    with streaming(model, None) as stream:
+        assert relative(run_sana(stream, video, cut, **inputs), whole) <= BAR
 
 
 def test_sana_video_beyond_its_rotary_table():
@@ -301,7 +315,7 @@ def test_a_closed_stream():
 def test_wrong_tokens_a_frame():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = next(m for m in MODELS if m.cls == "SanaVideoTransformer3DModel").model()
+        model = BY_NAME["SanaVideoTransformer3DModel"].model()
         diffattn.patch(model, CausalLinearAttention("relu", block=8), layers="*attn1")
     video, inputs = sana_inputs(1)
     with streaming(model) as stream, pytest.raises(ValueError, match="got 16 tokens for 1 frames, expected 8"):
@@ -323,7 +337,8 @@ class Convolved(nn.Module):
         ),
         (lambda: sequence_model(SoftmaxAttention()), "window: got None, expected the number of frames"),
         (lambda: nn.Linear(3, 3), "has no attention that could remember"),
-        (lambda: next(m for m in MODELS if m.cls == "SanaVideoTransformer3DModel").model(), "it looks ahead"),
+        (lambda: BY_NAME["SanaVideoTransformer3DModel"].model(), "it looks ahead"),
+        (lambda: BY_NAME["LTXVideoTransformer3DModel"].model(), "got LTXVideoTransformer3DModel, expected one of"),
         (Convolved, "conv .a convolution over time"),
         (lambda: sequence_model(CausalLinearAttention(), CausalLinearAttention(block=2)), r"\[1, 2\] tokens a frame"),
         (lambda: "model", "model: got str"),

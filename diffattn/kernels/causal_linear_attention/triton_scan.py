@@ -164,8 +164,8 @@ def causal_linear_attention_quotient_kernel(
 ):
     """The gradient of the denominator, -(g_n . o_n) / d_n. o comes in two parts: rounded, it would be off by more than
     what is left where this nearly cancels with the numerator's gradient."""
-    i_b, i_h = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
-    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    i_b, i_h = tl.program_id(1) // n_heads, tl.program_id(1) % n_heads
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_e = tl.arange(0, BE)
     m_n = o_n < N
     m = m_n[:, None] & (o_e < E)[None, :]
