@@ -281,7 +281,8 @@ def ratios(rows: dict[str, dict]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure(case: Case, model: nn.Module, seconds: float, mode: str) -> dict:
-    """One row. `mode`: "regional" (each transformer block) or "full" compilation, or "none"."""
+    """One row. `mode`: "regional" (each transformer block) or "full" compilation, "graphs" (full, replayed from CUDA
+    graphs: no launch by the CPU), or "none"."""
     torch.manual_seed(0)
     variants = Variants(case, model)
     stock = variants.forward().float()
@@ -309,8 +310,8 @@ def compiled(variants: Variants, seconds: float, mode: str) -> dict[str, dict]:
     model = variants.model
     torch._dynamo.reset()
     start = time.perf_counter()
-    if mode == "full":
-        model.compile(fullgraph=True)
+    if mode in ("full", "graphs"):
+        model.compile(fullgraph=True, mode="reduce-overhead" if mode == "graphs" else None)
     else:
         for block in model.transformer_blocks:
             block.compile(fullgraph=True)
@@ -384,7 +385,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="glob over the cases' names; may be repeated")
     parser.add_argument("--seconds", type=float, default=170, help="start no case after this long")
     parser.add_argument("--each", type=float, default=2, help="seconds for a variant's timing")
-    parser.add_argument("--compile", choices=("regional", "full", "none"), default="regional")
+    parser.add_argument("--compile", choices=("regional", "full", "graphs", "none"), default="regional")
     args = parser.parse_args()
     if not any(chosen(case.name, args.only) for case in CASES):
         parser.error(f"--only: {args.only} matches none of {', '.join(case.name for case in CASES)}")
