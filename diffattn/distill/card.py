@@ -76,7 +76,9 @@ def _front_matter_of(path: Path) -> dict[str, Any]:
 def card(summary: dict[str, Any], folder: Path, license: str | None, here: str) -> str:
     """The text of README.md, from summary.json's content."""
     sampling, settings = summary["sampling"], summary["settings"]
-    cost = f"{summary['seconds'] / 60:.1f} minutes on {summary['processes']} x {summary['device']}"
+    minutes = [summary[name] / 60 for name in ("recording_seconds", "seconds")]
+    cost = f"{minutes[0]:.1f} minutes of drawing and {minutes[1]:.1f} of training"
+    cost += f" on {summary['processes']} x {summary['device']}"
     if summary["peak_bytes"]:
         cost += f", {summary['peak_bytes'] / 1e9:.1f} GB of GPU memory"
     size = "" if sampling["height"] is None else f"{sampling['width'] or sampling['height']}x{sampling['height']}, "

@@ -69,7 +69,7 @@ class Previews:
     def _draw(self) -> list:
         import torch
 
-        seeds = [torch.Generator("cpu").manual_seed(1_000_000 + i) for i in range(len(self.prompts))]
+        seeds = [torch.Generator("cpu").manual_seed(10**9 + i) for i in range(len(self.prompts))]
         result = self.pipe(self.prompts, generator=seeds, **self.sampling.options())
         return [image.convert("RGB") for image in result.images]
 

@@ -317,6 +317,7 @@ class _Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
             "torch": torch.__version__,
             "seconds": round(self.trainer.seconds, 1),
+            "recording_seconds": round(self.trainer.recording.seconds, 1),
             "peak_bytes": self.trainer.peak_bytes,
             "loss": sum(self.trainer.losses[-50:]) / len(self.trainer.losses[-50:]),
             "layer_losses": dict(zip(self.pair.names, self.trainer.layer_losses[self.trainer.step], strict=True)),

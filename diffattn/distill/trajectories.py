@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,9 @@ def record(
         progress(done, len(mine))
         chosen = [sampling.prompts[j % len(sampling.prompts)] for j in shards[i]]
         seeds = [sampling.seed + j for j in shards[i]]
-        _write(files[i], _compact(_listen(pipe, denoiser, chosen, seeds, sampling.options())))
+        began = time.monotonic()
+        compact = _compact(_listen(pipe, denoiser, chosen, seeds, sampling.options()))
+        _write(files[i], compact, time.monotonic() - began)
     progress(len(mine), len(mine))
     return files
 
@@ -210,12 +213,13 @@ def _compact(calls: list[dict]) -> tuple[dict[str, Tensor], list[dict]]:
     return {key: torch.stack(stack) for key, stack in stacks.items()}, templates
 
 
-def _write(path: Path, compact: tuple[dict[str, Tensor], list[dict]]) -> None:
+def _write(path: Path, compact: tuple[dict[str, Tensor], list[dict]], seconds: float) -> None:
     from safetensors.torch import save_file
 
     tensors, templates = compact
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(tensors, partial, metadata={"calls": json.dumps(templates), "format": str(FORMAT_VERSION)})
+    metadata = {"calls": json.dumps(templates), "format": str(FORMAT_VERSION), "seconds": f"{seconds:.3f}"}
+    save_file(tensors, partial, metadata=metadata)
     partial.replace(path)
 
 
@@ -233,22 +237,26 @@ class Group:
 class Recording:
     """Samples of the denoiser's inputs, drawn from recorded trajectories.
 
-    Held in the memory of `device` as a whole, each different row once.
+    Held in the memory of `device` as a whole, each different row once. `count` is how many there are, `seconds` what
+    recording them took, in whichever runs that was.
     """
 
     def __init__(self, files: Sequence[Path], device: torch.device | str = "cpu"):
         from safetensors import safe_open
 
         parts: dict[str, dict[str, Any]] = {}
+        self.seconds = 0.0
         for path in files:
             try:
                 with safe_open(path, "pt") as file:
-                    calls = json.loads(file.metadata()["calls"])
+                    metadata = file.metadata()
+                    calls, seconds = json.loads(metadata["calls"]), float(metadata["seconds"])
                     tensors = {key: file.get_tensor(key) for key in file.keys()}
             except Exception as error:  # safetensors raises its own class, which is not public
                 raise TrajectoryError(
                     f"cache: {path} cannot be read ({error}); remove it to record it again"
                 ) from None
+            self.seconds += seconds
             self._sort_in(parts, calls, tensors)
         self.groups = [self._join(part, torch.device(device)) for part in parts.values()]
         self.count = sum(group.count for group in self.groups)

@@ -94,11 +94,13 @@ def main() -> None:
         if left is not None and left <= 0:
             print(f"{name}: no time left; start again to go on")
             return
-        variant = VARIANTS[name]
+        variant, runs = VARIANTS[name], args.runs / name
         steps = tuple(args.steps or variant.steps)
+        if (runs / "README.md").exists() and (out / name / "README.md").exists():
+            print(f"{name}: finished before")
+            continue
         pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.float32).to("cuda" if cuda else "cpu")
         pipe.unet.to(memory_format=torch.channels_last)
-        runs = args.runs / name
         result = distill(
             pipe,
             variant.core(),
