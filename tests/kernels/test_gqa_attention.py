@@ -56,7 +56,7 @@ def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / (norm if norm > 1e-9 else 1.0)).item()
 
 
-def rounded(q, k, v, grad, mask=None):
+def rounded(q, k, v, grad, mask=None, scale=None):
     """Output and gradients in float64, rounded to the dtype of q where the kernels round."""
 
     def cut(x):
@@ -65,17 +65,19 @@ def rounded(q, k, v, grad, mask=None):
     (H, D), Hkv = q.shape[2:], v.shape[2]
     Q, K, V, dO = (x.detach().double().transpose(1, 2) for x in (q, k, v, grad))
     K, V = (x.repeat_interleave(H // Hkv, dim=1) for x in (K, V))
-    scores = Q @ K.mT * D**-0.5
+    scale = D**-0.5 if scale is None else scale
+    scores = Q @ K.mT * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    exps = (scores - scores.amax(-1, keepdim=True)).exp()
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.double()
+    exps = (scores - scores.amax(-1, keepdim=True).clamp_min(-1e300)).exp()
     total = exps.sum(-1, keepdim=True)
+    total = total.masked_fill(total == 0, 1.0)  # a query with every key masked
     out, probs = cut(exps) @ V / total, exps / total
     # The backward has the output in two parts, so delta takes no error from its rounding.
     delta = ((cut(out) + cut(out - cut(out))) * dO).sum(-1, keepdim=True)
     dS = cut(probs * (dO @ V.mT - delta))
-    dk, dv = (x.unflatten(1, (Hkv, -1)).sum(2) for x in (dS.mT @ Q * D**-0.5, cut(probs).mT @ dO))
-    return [cut(x.transpose(1, 2)) for x in (out, dS @ K * D**-0.5, dk, dv)]
+    dk, dv = (x.unflatten(1, (Hkv, -1)).sum(2) for x in (dS.mT @ Q * scale, cut(probs).mT @ dO))
+    return [cut(x.transpose(1, 2)) for x in (out, dS @ K * scale, dk, dv)]
 
 
 def assert_accurate(q, k, v, mask=None, scale=None, like_rounded=False):
