@@ -157,7 +157,8 @@ def _perturbed_by(target: Any) -> list[str]:
             if skip.skip_attention and skip.skip_ff:
                 continue  # whole blocks
             stack = r"[^.]+" if skip.fqn == "auto" else re.escape(skip.fqn)
-            patterns += [rf"^{stack}\.{index}\." for index in skip.indices]
+            indices = [skip.indices] if isinstance(skip.indices, int) else skip.indices  # as the guider was given them
+            patterns += [rf"^{stack}\.{index}\." for index in indices]
     return patterns
 
 

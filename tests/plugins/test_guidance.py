@@ -156,10 +156,11 @@ def test_smoothed_energy_guidance_blurs_queries(core, first):
     assert torch.equal(out(UNET, unet), expected)
 
 
-def test_a_guider_that_names_no_stack_keeps_layers_of_that_number_stock():
+@pytest.mark.parametrize("layers", [1, [1]])
+def test_a_guider_that_names_no_stack_keeps_layers_of_that_number_stock(layers):
     """diffusers finds the stack in the call; a pattern of ours has to match whatever it may find."""
     from diffusers.guiders import PerturbedAttentionGuidance
 
     model = SD3.model()
-    pipe = Pipeline(transformer=model, guider=PerturbedAttentionGuidance(perturbed_guidance_layers=[1]))
+    pipe = Pipeline(transformer=model, guider=PerturbedAttentionGuidance(perturbed_guidance_layers=layers))
     assert list(diffattn.patch(pipe, "linear").installed) == ["transformer.transformer_blocks.0.attn"]
