@@ -70,18 +70,20 @@ def run(pipe: Any, prompts: list[str], *, progress: Callable[[str, int], None], 
         seed: of the first prompt; the next has the next.
         options: for the pipeline's call, `num_inference_steps` and the like.
 
-    Returns: stock, exact, and the conversions that fit the pipeline.
+    Returns: stock, exact, the conversions that fit the pipeline, and those that were distilled for it.
     """
     stock = Drawing("stock", "diffusers' attention")
     _draw(pipe, prompts, stock, progress, seed, options)
     drawings = [stock]
-    for drawing, core in _variants(pipe):
+    for drawing, what in _variants(pipe):
         with warnings.catch_warnings():
             # The grid itself says which pictures are not distilled.
             warnings.filterwarnings("ignore", message="diffattn: ", category=UserWarning)
             try:
-                handle = patch(pipe, core)
+                handle = patch(pipe, **what)
             except ValueError:
+                if "weights" in what:
+                    raise
                 continue  # the mechanism fits no layer of this pipeline
         try:
             drawing.note = drawing.note.format(layers=len(handle.installed))
@@ -93,15 +95,24 @@ def run(pipe: Any, prompts: list[str], *, progress: Callable[[str, int], None], 
     return drawings
 
 
-def _variants(pipe: Any) -> Iterator[tuple[Drawing, Any]]:
+def _variants(pipe: Any) -> Iterator[tuple[Drawing, dict[str, Any]]]:
+    """Columns of the grid, and the arguments of `patch` for each."""
     handle = patch(pipe)
     handle.undo()
     # Where stock is the fast path already, an exact patch installs nothing; the softmax core then shows
     # that pictures come out the same through our processors.
     exact = None if handle.installed else SoftmaxAttention()
-    yield Drawing("exact", "same formula, {layers} layers"), exact
-    yield Drawing("linear", "converted, not distilled\n{layers} layers"), LinearAttention("elu1")
-    yield Drawing("multi-query", "converted, not distilled\n{layers} layers"), GroupedQueryAttention(kv_heads=1)
+    yield Drawing("exact", "same formula, {layers} layers"), {"core": exact}
+    yield Drawing("linear", "converted, not distilled\n{layers} layers"), {"core": LinearAttention("elu1")}
+    yield Drawing("multi-query", "converted, not distilled\n{layers} layers"), {"core": GroupedQueryAttention(1)}
+    for folder in distilled(pipe):
+        yield Drawing(f"{folder.name}, distilled", "converted, distilled\n{layers} layers"), {"weights": str(folder)}
+
+
+def distilled(pipe: Any) -> list[Path]:
+    """Folders of weights that lie beside a pipeline's own, in `distilled/`, in alphabetical order."""
+    where = Path(str(getattr(pipe, "name_or_path", None) or "")) / "distilled"
+    return sorted(path.parent for path in where.glob("*/diffattn.json"))
 
 
 def _draw(pipe, prompts, drawing: Drawing, progress, seed: int, options: dict) -> None:

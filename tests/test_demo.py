@@ -8,6 +8,7 @@ import pytest
 import transformers
 from PIL import Image
 
+import diffattn
 from diffattn import demo
 
 needs_the_pipeline = pytest.mark.skipif(
@@ -58,9 +59,26 @@ def test_the_pipeline_gets_its_stock_attention_back():
     pipe = demo.load_pipeline(demo.emoji_model())
     before = dict(pipe.unet.attn_processors)
     drawings = demo.run(pipe, ["pizza"], progress=lambda *_: None, seed=0, num_inference_steps=1)
-    assert [d.title for d in drawings] == ["stock", "exact", "linear", "multi-query"]
+    distilled = [f"{folder.name}, distilled" for folder in demo.distilled(pipe)]
+    assert [d.title for d in drawings] == ["stock", "exact", "linear", "multi-query", *distilled]
     assert all(pipe.unet.attn_processors[name] is p for name, p in before.items())
     assert "not distilled" in drawings[2].note and "not distilled" in drawings[3].note
+
+
+@needs_the_pipeline
+@pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
+def test_weights_that_were_distilled_for_the_pipeline_have_their_rows(tmp_path):
+    pipe = demo.load_pipeline(demo.emoji_model())
+    (tmp_path / "distilled").mkdir()
+    with diffattn.patched(pipe, "mqa-svd"):
+        diffattn.save_weights(pipe, tmp_path / "distilled" / "mqa")
+    pipe.register_to_config(_name_or_path=str(tmp_path))
+    drawings = demo.run(pipe, ["pizza"], progress=lambda *_: None, seed=0, num_inference_steps=1)
+    assert drawings[-1].title == "mqa, distilled" and drawings[-1].note == "converted, distilled\n7 layers"
+    assert drawings[-1].difference < drawings[3].difference  # not distilled, and pooled by the mean
+    (tmp_path / "distilled" / "mqa" / "diffattn.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="mqa"):
+        demo.run(pipe, ["pizza"], progress=lambda *_: None, seed=0, num_inference_steps=1)
 
 
 @needs_the_pipeline
