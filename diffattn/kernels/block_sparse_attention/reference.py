@@ -32,6 +32,10 @@ def linear_attention_outside_reference(q, k, v, blocks, least_share):
 
     0 where no more than `least_share` of the weights of all keys is outside.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        # It would turn the float32 products back into half precision.
+        with torch.autocast(q.device.type, enabled=False):
+            return linear_attention_outside_reference(q, k, v, blocks, least_share)
     dtype = q.dtype
     if dtype != torch.float64:
         q, k, v = q.float(), k.float(), v.float()

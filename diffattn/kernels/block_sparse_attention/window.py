@@ -78,11 +78,25 @@ def window_attention(q, k, v, radius, grid, *, text=(0, 0), bias=None, scale=Non
     plan = make(tuple(grid), tuple(text), radius, (ROWS, KEYS), q.device)
     if bias is not None:
         bias = bias[:, plan.order]
-    q, k, v = (x.index_select(1, plan.order) for x in (q, k, v))
+    q, k, v = (_Reordered.apply(x, plan.order, plan.back) for x in (q, k, v))
     out = block_sparse_attention(
         q, k, v, plan.blocks, q_places=plan.q_places, k_places=plan.k_places, bias=bias, scale=scale
     )
-    return out.index_select(1, plan.back)
+    return _Reordered.apply(out, plan.back, plan.order)
+
+
+class _Reordered(torch.autograd.Function):
+    """x[:, order], whose gradient is grad[:, back]: torch's own would add to zeros, atomically."""
+
+    @staticmethod
+    def forward(ctx, x, order, back):
+        ctx.save_for_backward(order, back)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        order, back = ctx.saved_tensors
+        return _Reordered.apply(grad, back, order), None, None
 
 
 def _places(grid, text, radius, device):
