@@ -32,6 +32,7 @@ def test_weights_of_each_group_are_pooled(kv_heads):
     attn = unet.get_submodule(LAYER)
     handle = diffattn.patch(unet, mqa(kv_heads))
     own = handle.installed[LAYER].core.projections
+    assert "pooled outputs" not in str(handle)
     for role, layer in (("k", attn.to_k), ("v", attn.to_v)):
         groups = layer.weight.view(kv_heads, attn.heads // kv_heads, -1, layer.in_features)
         torch.testing.assert_close(own[role].weight, groups.mean(1).flatten(0, 1))
@@ -65,6 +66,7 @@ def test_outputs_are_pooled_where_weights_cannot_be(what):
     oracle = copy.deepcopy(unet)
     handle = diffattn.patch(unet, mqa())
     assert all(processor.core.projections is None for processor in handle.installed.values())
+    assert str(handle).count("GroupedQueryAttention(kv_heads=1, precision=None), of pooled outputs") == 4
     diffattn.patch(oracle, OfOutputs(1))
     assert torch.equal(out(UNET, unet), out(UNET, oracle))
 

@@ -40,17 +40,19 @@ class GroupedQueryAttention(AttentionCore):
         self.kv_heads = kv_heads
         self.precision = precision
         self.pooling = pooling
+        self.pools_outputs = False
         if pooling == "svd":
             self.refuses_adapters = "pooling='svd' turned the heads into another basis than adapters were trained in"
 
     def prepare(self, layer: LayerInfo) -> None:
-        self.projections = None
+        self.projections, self.pools_outputs = None, False
         if self.kv_heads in (None, layer.kv_heads):
             return
         if self.pooling == "svd":
             self.projections = svd_pooled(layer, self.kv_heads)
         elif {"k", "v"} <= layer.weights.keys():
             self.projections = mean_pooled(layer, self.kv_heads)
+        self.pools_outputs = self.projections is None
 
     def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
         q, k = rotate_heads(q, k, rotate)
@@ -71,3 +73,7 @@ class GroupedQueryAttention(AttentionCore):
     def config(self):
         config = {"kv_heads": self.kv_heads, "precision": self.precision}
         return config if self.pooling == "mean" else config | {"pooling": self.pooling}
+
+    def __str__(self) -> str:
+        """In tables: that such a layer gains no smaller matmuls and has nothing to train."""
+        return f"{self!r}{', of pooled outputs' if self.pools_outputs else ''}"
