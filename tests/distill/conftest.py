@@ -1,9 +1,13 @@
 import pytest
+import transformers
 
 import diffattn
 from diffattn.distill import distill
 from diffattn.distill import run as module
 from tests.distill import tiny
+
+if int(transformers.__version__.split(".")[0]) < 5:  # the tokenizer is the emoji pipeline's
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture
