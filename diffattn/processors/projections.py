@@ -9,7 +9,7 @@ from diffattn.cores import AttentionCore
 from diffattn.cores.base import sample
 from diffattn.kernels import exporting
 
-#: Seconds between two looks at whether a layer's own projection changed. A look waits for the GPU: SDXL has 280 of them.
+#: Seconds between two looks at whether a layer's own projection changed. Each waits for the GPU, and SDXL has 280.
 LOOK_EVERY = 2.0
 #: Relative change of a weight above the rounding of bfloat16, which casting a model back and forth leaves.
 CHANGED = 2**-8
