@@ -1,5 +1,6 @@
 """Families of models as graphs: one or more for each file of processors, and how their inputs change size."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from tests.models.stock import is_linear
 STEP = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """A tiny model and the axes along which its inputs may change.
 
@@ -61,8 +62,17 @@ class Family:
         fresh = resized({key: given[key[0]] for key in axes}, axes, sizes, seed=1)
         given |= {key[0]: t for key, t in fresh.items()}
         given |= self.sized(sizes) if self.sized else {}
-        takes_it = "return_dict" in inspect.signature(type(self.model()).forward).parameters
-        return given | (dict(return_dict=False) if takes_it else {})
+        return given | (dict(return_dict=False) if takes_return_dict(self) else {})
+
+    def free_axes(self) -> dict[str, dict[int, str]]:
+        """The axes that an export leaves free: of Python numbers that follow from a size, the batch alone."""
+        if self.sized is None:
+            return self.axes
+        return {name: {d: axis for d, axis in named.items() if axis == "batch"} for name, named in self.axes.items()}
+
+    def other_inputs(self) -> list[dict[str, Any]]:
+        """Inputs of two sizes that an export has not traced."""
+        return [self.inputs(resolution=0 if self.sized else r, batch=batch) for r, batch in ((1, 3), (2, 4))]
 
     def _given(self) -> dict[str, Any]:
         return BY_NAME[self.name].inputs(Rand(torch.Generator().manual_seed(1)))
@@ -73,6 +83,11 @@ class Family:
 
     def __str__(self) -> str:
         return self.name
+
+
+@functools.cache
+def takes_return_dict(family: Family) -> bool:
+    return "return_dict" in inspect.signature(type(family.model()).forward).parameters
 
 
 def patch_all(model: nn.Module) -> nn.Module:
@@ -187,12 +202,16 @@ def exported(family: Family, call: nn.Module) -> torch.export.ExportedProgram:
     one = {"batch": torch.export.Dim("batch", max=63), "text": torch.export.Dim("text", max=512)}
     free = torch.export.Dim.DYNAMIC
 
+    axes = family.free_axes()
+
     def shapes(name, value):
         if isinstance(value, torch.Tensor):
-            return {d: one.get(axis, free) for d, axis in family.axes.get(name, {}).items()} or None
+            return {d: one.get(axis, free) for d, axis in axes.get(name, {}).items()} or None
         if isinstance(value, (tuple, list)):
             return type(value)(shapes(None, item) for item in value)
-        return {key: shapes(key, item) for key, item in value.items()} if isinstance(value, dict) else None
+        if isinstance(value, dict):  # of tensors with a row for each sample
+            return {key: {0: one["batch"]} if isinstance(item, torch.Tensor) else None for key, item in value.items()}
+        return None
 
     dynamic = {name: shapes(name, value) for name, value in inputs.items()}
     with torch.no_grad():
