@@ -24,6 +24,18 @@ def example(monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Also where there is a GPU. accelerate remembers what it was first."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @needs_the_pipeline
 def test_a_few_steps_on_the_emoji_pipeline_lower_the_loss_of_both_stages(tmp_path):
     result = distill(

@@ -68,8 +68,8 @@ def distill(
     (as LinFusion does, Liu et al. 2024, section 3.3). Teacher and student share one model in memory.
 
     Args:
-        model: folder or hub id of a text-to-picture pipeline, or a pipeline, which keeps its dtype and device and is
-            left patched with the student.
+        model: folder or hub id of a text-to-picture pipeline, or a pipeline, which keeps its dtype, is moved to the
+            accelerator's device and left patched with the student.
         core: what to install, as `patch` takes it.
         prompts: texts.
         out: the result's folder. A folder of the same run is gone on with.
@@ -161,11 +161,11 @@ def _pipeline(model: Any, device: torch.device) -> tuple[Any, str]:
         except (OSError, ValueError) as error:
             line = str(error).strip().splitlines()[0].rstrip(".")
             raise ValueError(f"model: {model} is no folder or hub id of a pipeline ({line})") from None
-        pipe.to(device)
     else:
         pipe = model
         if not isinstance(getattr(pipe, "components", None), dict) or isinstance(pipe, nn.Module):
             raise TypeError(f"model: got {type(pipe).__name__}, expected a pipeline, or a folder or hub id of one")
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe, str(model if isinstance(model, (str, Path)) else getattr(pipe, "name_or_path", "") or type(pipe))
 

@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 from measure import GUIDANCE, STEPS, Task, difference
 from variants import VARIANTS
 
-from diffattn.distill import Result, distill
+from diffattn.distill import distill
 from diffattn.distill.card import RESULT_FILES
 
 MODEL = HERE / "model"
@@ -47,12 +47,12 @@ class Watch:
         print({k: round(v, 4) for k, v in row.items()}, f"{time.monotonic() - start:.0f} s", flush=True)
 
 
-def export(result: Result, folder: Path) -> None:
-    """The result and the figures of the run, without its checkpoint; weights in float16."""
+def export(run: Path, folder: Path) -> None:
+    """A run's result and figures, without its checkpoint; weights in float16."""
     from safetensors.torch import load_file, save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (*(result.folder / name for name in RESULT_FILES), result.folder / "run" / "quality.json"):
+    for path in (*(run / name for name in RESULT_FILES), run / "run" / "quality.json"):
         if path.suffix == ".safetensors":
             tensors = {name: t.half() for name, t in load_file(path).items()}
             save_file(tensors, folder / path.name, metadata={"format": "pt"})
@@ -96,8 +96,9 @@ def main() -> None:
             return
         variant, runs = VARIANTS[name], args.runs / name
         steps = tuple(args.steps or variant.steps)
-        if (runs / "README.md").exists() and (out / name / "README.md").exists():
-            print(f"{name}: finished before")
+        if (runs / "README.md").exists():
+            export(runs, out / name)
+            print(f"{name}: finished before; remove {runs} to begin anew")
             continue
         pipe = DiffusionPipeline.from_pretrained(args.model, dtype=torch.float32).to("cuda" if cuda else "cpu")
         pipe.unet.to(memory_format=torch.channels_last)
@@ -124,7 +125,7 @@ def main() -> None:
             on_preview=Watch(task, runs / "run" / "quality.json", args.sampling_steps) if task else None,
         )
         if result.finished:
-            export(result, out / name)
+            export(runs, out / name)
             print(f"{name}: {out / name}, {sum(f.stat().st_size for f in (out / name).iterdir()) / 1e6:.1f} MB")
 
 

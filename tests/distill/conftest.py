@@ -10,6 +10,18 @@ if int(transformers.__version__.split(".")[0]) < 5:  # the tokenizer is the emoj
     collect_ignore_glob = ["test_*.py"]
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """Also where there is a GPU: bit for bit is a promise of the CPU. accelerate remembers what it was first."""
+    from accelerate.state import AcceleratorState
+
+    if "gpu" not in request.keywords:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @pytest.fixture
 def pipe():
     return tiny.pipeline()

@@ -13,6 +13,7 @@ from diffattn import cli
 from tests.distill import tiny
 
 SIZES = ["--sampling-steps", "2", "--guidance", "2", "--size", "16", "--sampling-batch", "2", "--batch", "2"]
+SIZES += ["--mixed-precision", "no"]
 
 
 @pytest.fixture
