@@ -23,11 +23,11 @@ class Variant:
     learning_rate: tuple[float, float] = (2e-3, 1e-3)
 
 
-LINEAR_STEPS = (1000, 4000)
+LINEAR_STEPS = (800, 3200)
 QUARTER = tuple(steps // 4 for steps in LINEAR_STEPS)
 
 VARIANTS: dict[str, Variant] = {
-    "mqa": Variant(lambda: GroupedQueryAttention(kv_heads=1, pooling="svd"), (500, 2000)),
+    "mqa": Variant(lambda: GroupedQueryAttention(kv_heads=1, pooling="svd"), (400, 1200)),
     "linear": Variant(lambda: LinearAttention("hedgehog", input_map="mlp"), LINEAR_STEPS),
     "sparse": Variant(SparseLinearAttention, QUARTER),
     "window": Variant(WindowAttention, QUARTER),
