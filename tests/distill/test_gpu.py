@@ -35,3 +35,13 @@ def test_a_run_that_was_cut_off_goes_on(run):
     assert not run(model=pipe, minutes=1e-6, **options).finished
     result = run(model=tiny.pipeline().to("cuda"), **options)
     assert result.finished and all(0 < loss < 10 for loss in result.losses)
+
+
+def test_float16_scales_its_losses_and_resumes(run):
+    options = dict(core="hedgehog", train="projections", mixed_precision="fp16", batch=8, steps=(40, 20))
+    pipe = tiny.pipeline().to("cuda")
+    assert not run(model=pipe, minutes=1e-6, **options).finished
+    result = run(model=tiny.pipeline().to("cuda"), **options)
+    assert result.finished and sum(result.losses[35:40]) < sum(result.losses[:5])
+    state = torch.load(result.folder / "run" / "checkpoint.pt", weights_only=True)
+    assert state["scaler"]["scale"] >= 1
