@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from diffattn._versions import in_dtype
 from diffattn.cores import GroupedQueryAttention, LinearAttention, SoftmaxAttention
 from diffattn.patch import patch
 
@@ -48,7 +49,7 @@ def load_pipeline(model: str | Path) -> Any:
     from diffusers import DiffusionPipeline
 
     cuda = torch.cuda.is_available()
-    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16 if cuda else torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(model, **in_dtype(torch.bfloat16 if cuda else torch.float32))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if cuda else "cpu")
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffattn._versions import in_dtype
 from diffattn.export_models import SAMPLE_INPUTS, STABLE_AUDIO_AXES
 from diffattn.export_operators import translations
 from diffattn.kernels._backend import onnx_attention
@@ -138,7 +139,7 @@ def load(source: str | Path) -> Any:
     folder = Path(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         return AutoModel.from_pretrained(source, torch_dtype=torch.float32)
-    return DiffusionPipeline.from_pretrained(source, dtype=torch.float32)
+    return DiffusionPipeline.from_pretrained(source, **in_dtype(torch.float32))
 
 
 def _require(*packages: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffattn._versions import in_dtype
 from diffattn.cores import AttentionCore
 from diffattn.inspect import Inspection
 from diffattn.inspect_inputs import Inputs
@@ -101,9 +102,9 @@ def load(source: str | Path) -> Any:
         raise ValueError(f"{source}: fidelity is measured with weights: name a folder or hub id, not a class")
     try:
         if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
-            loaded = diffusers.AutoModel.from_pretrained(source, dtype=torch.float32)
+            loaded = diffusers.AutoModel.from_pretrained(source, torch_dtype=torch.float32)
         else:
-            loaded = diffusers.DiffusionPipeline.from_pretrained(source, dtype=torch.float32)
+            loaded = diffusers.DiffusionPipeline.from_pretrained(source, **in_dtype(torch.float32))
             loaded.set_progress_bar_config(disable=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{source}: its weights cannot be loaded: {_first_line(error)}") from None

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+import transformers
 
 import diffattn
 from diffattn.demo import emoji_model
@@ -76,6 +77,8 @@ def test_weights_that_were_trained_are_measured(tmp_path):
 def emoji():
     if emoji_model() is None:
         pytest.skip("the emoji pipeline comes with a checkout")
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("the shipped pipeline's tokenizer is of transformers 5")
     with contextlib.redirect_stderr(io.StringIO()):
         return load(emoji_model())
 

@@ -25,7 +25,8 @@ def pins(name: str) -> list[str]:
     if name == "newest":
         return []
     bounds = re.findall(r'"([\w.-]+)>=([\w.]+)', (ROOT / "pyproject.toml").read_text())
-    return [f"{package}=={version}" for package, version in bounds]
+    # The interpreter of Triton 3.2 takes arrays of one number for numbers, which NumPy 2.4 does not.
+    return [*(f"{package}=={version}" for package, version in bounds), "numpy<2.4"]
 
 
 def run(name: str, arguments: list[str]) -> int:
