@@ -39,9 +39,8 @@ class SparseLinearAttention(AttentionCore):
 
     Choices that differ from the paper's or that it leaves open:
 
-    - No block is negligible: the paper drops the lowest tenth, which on one picture's tokens carries weight too. All
-      that is not critical is linear attention's, as in the paper. (The authors' code lets it attend to the critical
-      blocks once more; on the emoji model's layers P then mends about half as much of what sparsity leaves out.)
+    - No block is negligible, where the paper drops the lowest tenth: linear attention takes all that is not critical,
+      and costs the same. (In the authors' code, thu-ml/SLA, it takes the critical blocks once more.)
     - Tails: means of a last, short block are over the tokens that it has; nothing is padded.
     - Rotary embedding comes first, for both parts, as the authors have it, whose kernel stands where softmax
       attention stood. phi of rotated features is still positive, so the normalizer cannot vanish.
@@ -49,10 +48,10 @@ class SparseLinearAttention(AttentionCore):
 
     Args:
         keep: share of the blocks of keys that are critical, rounded up, but never fewer than 4. The paper has 0.05 at
-            30,000 tokens of video; pictures have fewer, and 0.25 is what a few hundred need.
+            30,000 tokens of video; of a picture's 16 blocks of 64 tokens 0.25 keeps 4.
         block: tokens in a block, 16, 32, 64 or 128, or a pair, for queries and keys. None follows the number of
-            tokens: the largest of 16, 32 and 64 that makes 16 blocks, and 128 queries from 4096 on, where the kernel
-            is faster so. (An exported file keeps to what was traced: name a block there.)
+            tokens: the largest of 16, 32 and 64 that makes 16 blocks, and 128 queries from 4096 on, which load their
+            keys half as often. (An exported file keeps to what was traced: name a block there.)
         feature_map: phi, for q and k alike: `"softmax"` over features (the paper's), `"elu1"` or `"relu"`. A scale s
             other than D^-0.5 multiplies q by s D^0.5 before the map.
 
@@ -91,11 +90,14 @@ class SparseLinearAttention(AttentionCore):
         q, k = rotate_heads(q, k, rotate)
         rows, keys = self.block or blocks_for(q.shape[1], k.shape[1])
         number = number_of_blocks(k.shape[1], keys)
-        kept = torch.sym_max(LEAST_KEPT, math.ceil(self.keep * number))
+        kept = math.ceil(self.keep * number)
         if exporting():
-            kept = torch.sym_min(kept, number)
-        elif kept >= number:
-            return gqa_attention(q, k, v, mask=mask, scale=scale)
+            # A graph is for any number of tokens: nothing may depend on which is larger.
+            kept = torch.sym_min(torch.sym_max(LEAST_KEPT, kept), number)
+        else:
+            kept = max(LEAST_KEPT, kept)
+            if kept >= number:
+                return gqa_attention(q, k, v, mask=mask, scale=scale)
         weight = None if bias is None else bias.float().exp()
         scores = block_scores(q, k, rows, keys, None if weight is None else weight > 0, scale)
         blocks = top_blocks(scores, kept, rows, keys)
