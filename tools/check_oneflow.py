@@ -17,7 +17,7 @@ import oneflow.nn as nn
 class Lacking(types.ModuleType):
     """What OneFlow has no counterpart of (torch.library, torch.compiler): importing it works, asking it is False."""
 
-    __path__: list = []
+    __path__ = ()
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -39,7 +39,7 @@ class Lacking(types.ModuleType):
 class Torch(types.ModuleType):
     """A module of torch with the attributes of OneFlow's."""
 
-    __path__: list = []
+    __path__ = ()
 
     def __init__(self, name, source):
         super().__init__(name)
