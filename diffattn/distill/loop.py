@@ -157,8 +157,8 @@ class Trainer:
         Raises: DistillError where one is not finite.
         """
         first = self.step - len(self._pending)
-        totals = torch.stack([total for total, _ in self._pending]).double()
-        layers = torch.stack([layer for _, layer in self._pending]).double()
+        totals = torch.stack([total for total, _ in self._pending])
+        layers = torch.stack([layer for _, layer in self._pending])
         totals, layers = self.accelerator.reduce((totals, layers), "mean")
         totals, layers = totals.tolist(), layers.tolist()
         self._pending.clear()

@@ -229,7 +229,7 @@ class _Run:
     def __init__(self, out, base, core, pipe, handle, pair, sampling, settings, accelerator, reporter, on_preview):
         self.out, self.base, self.core, self.pipe, self.handle, self.pair = out, base, core, pipe, handle, pair
         self.sampling, self.settings, self.accelerator = sampling, settings, accelerator
-        self.reporter, self.on_preview = reporter, on_preview
+        self.reporter, self.on_preview, self.shown = reporter, on_preview, None
         self.previews = Previews(pipe, pair, sampling, settings.preview_prompts)
 
     def train(self, recording: Recording, began: float) -> tuple[bool, Trainer]:
@@ -270,23 +270,27 @@ class _Run:
         self.reporter.update(step, f"stage {stage}  loss {loss:.4f}  {1000 * seconds:.0f} ms a step", left)
 
     def _preview(self, step: int) -> None:
-        run = self.out / "run"
         if self.accelerator.is_main_process:
-            state = {"losses": self.trainer.losses, "layers": self.pair.names, "by_layer": self.trainer.layer_losses}
-            write(run / "losses.json", json.dumps(state))
-            with self.accelerator.autocast(), torch.no_grad():
-                self.previews.draw(run / f"grid-{step:06d}.png", step)
-            if not draw_curve(run / "curve.png", self.trainer.losses, self.settings.steps[0]):
-                self.reporter.say("no loss curve: matplotlib is not installed (pip install 'diffattn[distill]')")
-            if self.on_preview is not None:
-                with self.accelerator.autocast(), torch.no_grad():
-                    self.on_preview(step, self.pipe, self.pair.teacher)
+            self._show(step)
         self.accelerator.wait_for_everyone()
+
+    def _show(self, step: int) -> None:
+        run, trainer = self.out / "run", self.trainer
+        state = {"losses": trainer.losses, "layers": self.pair.names, "by_layer": trainer.layer_losses}
+        write(run / "losses.json", json.dumps(state))
+        with self.accelerator.autocast(), torch.no_grad():
+            self.previews.draw(run / f"grid-{step:06d}.png", step)
+        if not draw_curve(run / "curve.png", trainer.losses, self.settings.steps[0]):
+            self.reporter.say("no loss curve: matplotlib is not installed (pip install 'diffattn[distill]')")
+        if self.on_preview is not None:
+            with self.accelerator.autocast(), torch.no_grad():
+                self.on_preview(step, self.pipe, self.pair.teacher)
+        self.shown = step
 
     def _write_result(self) -> None:
         out, trainer = self.out, self.trainer
-        if not (out / "run" / f"grid-{trainer.total:06d}.png").exists():  # finished before; its pictures were lost
-            self._preview(trainer.total)
+        if self.shown != trainer.total and not (out / "run" / f"grid-{trainer.total:06d}.png").exists():
+            self._show(trainer.total)  # killed after the last checkpoint
         for source, name in ((f"grid-{trainer.total:06d}.png", "grid.png"), ("curve.png", "curve.png")):
             if (out / "run" / source).exists():
                 partial = out / (name + ".part")

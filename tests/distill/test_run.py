@@ -128,8 +128,11 @@ def test_a_killed_run_goes_on_to_the_same_losses(run, tmp_path, at_rename):
 def test_a_finished_run_is_not_trained_again(run, monkeypatch):
     first = run()
     monkeypatch.setattr(loop.Trainer, "_train_step", lambda trainer: pytest.fail("trains"))
+    for name in ("README.md", "grid.png", "run/grid-000008.png"):  # killed before it drew the last preview
+        (first.folder / name).unlink()
     again = run()
     assert again.finished and again.losses == first.losses
+    assert (first.folder / "README.md").exists() and (first.folder / "grid.png").exists()
     assert torch.equal(predict(again.pipe), predict(first.pipe))
 
 
