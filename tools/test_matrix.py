@@ -25,8 +25,9 @@ def pins(name: str) -> list[str]:
     if name == "newest":
         return []
     bounds = re.findall(r'"([\w.-]+)>=([\w.]+)', (ROOT / "pyproject.toml").read_text())
-    # The interpreter of Triton 3.2 takes arrays of one number for numbers, which NumPy 2.4 does not.
-    return [*(f"{package}=={version}" for package, version in bounds), "numpy<2.4"]
+    # What these were made for. Triton 3.2's interpreter takes arrays of one number for numbers, as NumPy 2.4 does not;
+    # torch 2.6 does not trace newer packaging, by which diffusers compares versions in its forwards.
+    return [*(f"{package}=={version}" for package, version in bounds), "numpy<2.4", "packaging<25"]
 
 
 def run(name: str, arguments: list[str]) -> int:

@@ -177,7 +177,9 @@ def _mask_keys(q: Tensor, k: Tensor, feature_map: str | None, mask: Tensor):
 def _interleave(q: Tensor, k: Tensor, rotate: tuple[Rotary | None, Rotary | None]):
     """Bring a rotation into the kernel's form: all features, pairs (2i, 2i+1), the same for q and k."""
     rotary = rotate[0]
-    if rotary is None or rotate[1] is None or rotary is not rotate[1]:
+    # The tables of both, since torch 2.6 does not trace whether two tuples are one.
+    same = rotate[1] is not None and rotary is not None and rotary.cos is rotate[1].cos and rotary.sin is rotate[1].sin
+    if not same:
         raise ValueError("rotate: linear attention needs one rotation for q and k, so it serves self-attention")
     cos, sin, interleaved = rotary
     width, features = 2 * cos.shape[-1], q.shape[-1]

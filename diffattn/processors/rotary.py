@@ -136,5 +136,5 @@ def attend_by_head(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, rotate,
 
 
 def _fold(rotary: HeadRotary, batch: int) -> Rotary:
-    cos, sin = (t.expand(batch, -1, -1, -1).transpose(1, 2).flatten(0, 1) for t in rotary[:2])
+    cos, sin = (t.expand(batch, -1, -1, -1).transpose(1, 2).flatten(0, 1) for t in (rotary.cos, rotary.sin))
     return Rotary(cos, sin, rotary.interleaved)

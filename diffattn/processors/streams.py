@@ -43,7 +43,7 @@ class Stream(NamedTuple):
 def attend(core: AttentionCore, stream: Stream, mask: Tensor | None = None) -> Tensor:
     """Self-attention of one stream. `mask` as in `mask_for`. Returns (B, N, H, D)."""
     rotate = None if stream.rotary is None else (stream.rotary, stream.rotary)
-    return attend_across(core, *stream[:3], stream.norms, rotate, mask=mask)
+    return attend_across(core, stream.q, stream.k, stream.v, stream.norms, rotate, mask=mask)
 
 
 def attend_across(core: AttentionCore, q, k, v, norms=(None, None), rotate=None, *, mask=None, all_heads=False):

@@ -167,6 +167,7 @@ def test_patching_a_compiled_model_again(mode, monkeypatch):
         assert torch.equal(model(**inputs)[0], stock)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 does not trace it")
 def test_lumina_2_compiles_where_stock_does_not(monkeypatch):
     """The forward of the model itself, in a pipeline too: patch(compile="full") takes one that a graph can hold."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -186,6 +187,7 @@ def test_lumina_2_compiles_where_stock_does_not(monkeypatch):
         assert torch.equal(model(**inputs)[0], stock)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="torch 2.6 has other words for it")
 def test_a_one_graph_forward_of_an_unpatched_model_is_refused():
     family = FAMILY["LuminaNextDiT2DModel"]
     model, inputs = family.patched(), family.inputs()
