@@ -100,7 +100,7 @@ def told(error: Exception) -> str:
     cause = error.__cause__ or error
     text = " ".join(str(cause).split())
     text = re.sub(r"(Explanation|Hint|Caused by|For more information|\(Size-like|Suggested fixes).*", "", text)
-    text = re.sub(r"\S*/(\w+\.py)", r"\1", text).split(" File ")[0].strip()[:160].rstrip()
+    text = re.sub(r"/\S+/", "", text).split(" File ")[0].strip()[:160].rstrip()
     return text if isinstance(cause, Differs) else f"{type(cause).__name__}: {text}"
 
 
