@@ -13,12 +13,9 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {
-    "oldest": "export,test",
-    "newest": "export,test,quant",  # which CI leaves out: importing diffusers takes a second more with them
-}
+SETS = ("oldest", "newest")
 #: Triton's interpreter takes minutes for the kernels, which these versions change little; ONNX Runtime for exports.
-QUICK = ["tests", "--ignore=tests/kernels", "-m", "not slow and not onnx", "-q", "-p", "no:cacheprovider"]
+QUICK = ("tests", "--ignore=tests/kernels", "-m", "not slow and not onnx")
 
 
 def pins(name: str) -> list[str]:
@@ -37,19 +34,31 @@ def run(name: str, arguments: list[str]) -> int:
         venv.create(folder, with_pip=True)
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(pins(name)) + "\n")
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     upgrade = ["--upgrade", "--upgrade-strategy=eager"] if name == "newest" else []
-    subprocess.run([*install, *upgrade, "-c", constraints, "-e", f"{ROOT}[{EXTRAS[name]}]"], check=True)
-    found = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout
-    shown = re.findall(r"(?m)^(?:torch|triton|diffusers|transformers|accelerate|peft)==\S+", found)
+
+    def pip(*command: str | Path) -> str:
+        command = [python, "-m", "pip", *command, "--quiet", "--disable-pip-version-check"]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    def pytest(*command: str) -> int:
+        return subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *command], cwd=ROOT).returncode
+
+    pip("install", *upgrade, "-c", constraints, "-e", f"{ROOT}[export,test]")
+    shown = re.findall(r"(?m)^(?:torch|triton|diffusers|transformers|accelerate|peft)==\S+", pip("freeze"))
     print(f"{name}: {', '.join(shown)}", flush=True)
-    return subprocess.run([python, "-m", "pytest", *QUICK, *arguments], cwd=ROOT).returncode
+    code = pytest(*QUICK, *arguments)
+    if name == "newest":
+        # Afterwards, and out again: diffusers imports them, which takes a second, and they have warnings to print.
+        pip("install", "-c", constraints, f"{ROOT}[quant]")
+        code = max(code, pytest("tests/plugins/test_quantized.py"))
+        pip("uninstall", "-y", "torchao", "bitsandbytes")
+    return code
 
 
 def main(arguments: list[str]) -> int:
     names, _, more = " ".join(arguments).partition("--")
-    names = names.split() or list(EXTRAS)
-    unknown = [name for name in names if name not in EXTRAS]
+    names = names.split() or list(SETS)
+    unknown = [name for name in names if name not in SETS]
     if unknown:
         sys.exit(f"got {unknown[0]!r}, expected oldest or newest")
     codes = {name: run(name, more.split()) for name in names}
