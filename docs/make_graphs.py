@@ -97,8 +97,10 @@ class Differs(Exception):
 
 def told(error: Exception) -> str:
     """The sentence of an error, without paths and torch's advice."""
-    cause = error.__cause__ or error
-    text = " ".join(str(cause).split())
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = " ".join(re.sub(r"\x1b\[\d*m", "", str(cause)).split())
     text = re.sub(r"(Explanation|Hint|Caused by|For more information|\(Size-like|Suggested fixes).*", "", text)
     text = re.sub(r"/\S+/", "", text).split(" File ")[0].strip()[:160].rstrip()
     return text if isinstance(cause, Differs) else f"{type(cause).__name__}: {text}"
