@@ -71,8 +71,8 @@ def exact(function, q, k, v):
 def assert_accurate(function, q, k, v, mask=None, scale=None):
     """Output and gradients for a random output gradient.
 
-    mask: of all pairs; if given, the budget is no less than the error that the formula's own roundings make, plus 2 %
-        for float32 sums.
+    mask: of all pairs; if given, the budget is no less than the error that the formula's own roundings make, plus
+        10 %: the kernels round weights of another scale, another draw of errors in a few hundred elements.
     """
     out = function(q, k, v)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -83,7 +83,7 @@ def assert_accurate(function, q, k, v, mask=None, scale=None):
     budgets = [BUDGET[q.dtype]] * 4
     if mask is not None:
         own = [relative_error(a, b) for a, b in zip(rounded(q, k, v, grad, mask, scale), expected, strict=True)]
-        budgets = [max(a, 1.02 * b) for a, b in zip(budgets, own, strict=True)]
+        budgets = [max(a, 1.1 * b) for a, b in zip(budgets, own, strict=True)]
     assert all(error <= budget for error, budget in zip(errors, budgets, strict=True)), (errors, budgets)
     assert out.dtype == q.dtype and [g.shape for g in grads] == [x.shape for x in (q, k, v)]
 

@@ -76,6 +76,12 @@ def check(*inputs, feature_map=None, normalize=True, **options):
     expected = run(reference, doubles, [x.double() for x in grads], **options)
     if decay is not None and decay.dim() == 1:
         actual[5], expected[5] = with_size_of_terms(actual[5], expected[5], doubles, grads, options)
+    if decay is not None and decay.dim() == 4 and feature_map is None:
+        # The gradient of a channel's decay is a sum over later steps of q dq - k dk, which nearly cancels.
+        size = sum((x * dx).norm() for x, dx in zip(doubles[:2], expected[2:4], strict=True))
+        error = (actual[5].double() - expected[5]).norm() / size
+        assert error <= BUDGET[q.dtype], f"ddecay: {error:.2e} of its terms"
+        actual[5] = expected[5]
     names = [n for n in NAMES if (n != "ddecay" or decay is not None) and (n != "dstate" or state is not None)]
     assert_close(actual, expected, q.dtype, names)
     assert actual[0].dtype == actual[2].dtype == q.dtype

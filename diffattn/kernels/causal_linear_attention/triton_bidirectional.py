@@ -9,12 +9,13 @@ def bidirectional_linear_attention_fwd(q, k, v, decay, feature_map, normalize, e
     """(o, residual, inverse); the last two, what a backward needs, are empty unless `keep`."""
     decay = _steps_first(decay, q.shape[0], q.shape[1] // block)
     common = dict(decay=decay, block=block, maps=(feature_map, feature_map, None), norm=normalize)
-    o, residual, inverse, _ = _walk(q, k, v, eps=eps, keep=keep or normalize, **common)
-    if not keep:
-        residual = residual.new_empty(0)
+    # The second walk adds to what rounding took from the first one's output, or two roundings would be in the sum.
+    o, residual, inverse, _ = _walk(q, k, v, eps=eps, keep=True, **common)
     o, residual, inverse, _ = _walk(
-        q, k, v, flip=True, strict=True, a=inverse if normalize else None, onto=(o, residual), keep=keep, **common
+        q, k, v, flip=True, strict=True, a=inverse if normalize else None, onto=(o, residual), keep=True, **common
     )
+    if not keep:
+        residual = inverse = residual.new_empty(0)
     return o, residual, inverse
 
 
