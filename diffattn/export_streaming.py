@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffattn.cores import CausalState
 from diffattn.export import ExportError, _flatten, _name_axes, _require, _unflatten
+from diffattn.stream_layers import rotate
 from diffattn.streaming import _RUNNING, Stream, streaming
 
 #: What the file's metadata are found under: a JSON list of {name, input, output, shape, dtype}.
@@ -39,7 +40,7 @@ def to_onnx_streaming(
         stream(**_unflatten(inputs, inputs.values()), **fixed)
         names = _memory_names(stream)
         states = {name: torch.zeros_like(t) for name, t in _tensors(stream, names).items()}
-        counts = any(handler is Stream._rotate for handler in stream._plan.values())
+        counts = any(handler is rotate for handler in stream._plan.values())
         keys = [*inputs, *([(FRAME,)] if counts else []), *((name,) for name in states)]
         tensors = [*inputs.values(), *([torch.tensor(3)] if counts else []), *states.values()]
         batch = {0: "batch"} if "batch" in {a for named in axes.values() for a in named.values()} else {}
@@ -90,20 +91,20 @@ def _axes(inputs, first, dynamic):
 def _memory_names(stream: Stream) -> dict[str, nn.Module]:
     """State name -> module, in the order in which the model met them. A layer may have two: its name, `.z`."""
     names = {}
-    for module, memory in stream._memory.items():
+    for module, memory in stream.memory.items():
         if isinstance(memory, dict):
             raise ExportError(
-                f"{stream._names[module]}: softmax self-attention in a stream keeps keys whose number changes; only "
+                f"{stream.names[module]}: softmax self-attention in a stream keeps keys whose number changes; only "
                 "layers with a state of fixed size export"
             )
-        names[stream._names[module]] = module
+        names[stream.names[module]] = module
     return names
 
 
 def _tensors(stream: Stream, names) -> dict[str, Tensor]:
     found = {}
     for name, module in names.items():
-        memory = stream._memory[module]
+        memory = stream.memory[module]
         if isinstance(memory, CausalState):
             for suffix, t in zip(("", ".z"), memory.tensors(), strict=False):
                 found[name + suffix] = t
@@ -120,7 +121,7 @@ class _Step(nn.Module):
         self.model = model
         self.stream, self.keys, self.n_inputs, self.fixed, self.axes = stream, keys, n_inputs, fixed, axes
         self.names = names
-        self.templates = {module: stream._memory[module] for module in names.values()}
+        self.templates = {module: stream.memory[module] for module in names.values()}
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         sizes: dict[str, Any] = {}
@@ -144,7 +145,7 @@ class _Step(nn.Module):
                     part.tensor = given[(name + suffix,)].clone()
             else:
                 memory = given[(name,)].clone()
-            stream._memory[module] = memory
+            stream.memory[module] = memory
         token = _RUNNING.set(stream)
         try:
             out = self.model(**arguments, **self.fixed)

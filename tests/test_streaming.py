@@ -117,7 +117,7 @@ def test_memory_of_softmax_is_bounded():
     with streaming(model, window=4, sink=2) as stream:
         for _ in range(30):
             stream(torch.randn(1, 1, 16))
-            assert stream._memory[model[0].core]["k"].shape[1] <= 2 + 3
+            assert stream.memory[model[0].core]["k"].shape[1] <= 2 + 3
         assert stream.dropped["0.core"] == 30 - 5
 
 
