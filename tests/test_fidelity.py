@@ -117,11 +117,12 @@ def test_models_run_on_noise(name):
     assert results[0].isfinite().all()
 
 
-def test_the_command_prints_a_column(tmp_path, capsys):
+def test_the_command_prints_a_column(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from diffattn.cli import app
 
+    monkeypatch.setenv("COLUMNS", "160")
     UNET.model().save_pretrained(tmp_path)
     result = CliRunner().invoke(app, ["inspect", str(tmp_path), "--core", "mqa-svd", "--fidelity"])
     assert result.exit_code == 0, result.output
