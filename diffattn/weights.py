@@ -19,10 +19,13 @@ def save_weights(target: Any, path: str | Path) -> Path:
 
     Returns: the folder.
 
-    Raises: ValueError if nothing is installed in `target`, or the cores' weights are offloaded.
+    Raises: ValueError if nothing is installed in `target`, or the cores' weights are offloaded. TypeError for a path
+        that is none.
     """
     from safetensors.torch import save_file
 
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path: got {type(path).__name__}, expected a string or a path")
     installed = status(target).installed
     if not installed:
         raise ValueError(f"target: {type(target).__name__} has no diffattn processor installed, so no weights")

@@ -150,7 +150,7 @@ def test_a_path_of_another_type(unet, path):
     diffattn.patch(unet, learned())
     with pytest.raises(TypeError, match=rf"^weights: got {type(path).__name__}, expected a folder or a hub id$"):
         diffattn.load_weights(unet, path)
-    with pytest.raises(TypeError, match=rf"{type(path).__name__}"):
+    with pytest.raises(TypeError, match=rf"^path: got {type(path).__name__}, expected a string or a path$"):
         diffattn.save_weights(unet, path)
 
 
@@ -176,6 +176,11 @@ CONSTRUCTORS = {
         lambda: GroupedQueryAttention(0),
         ValueError,
         "kv_heads: got 0, expected a positive integer",
+    ),
+    "kv_heads: a switch": (
+        lambda: GroupedQueryAttention(kv_heads=True),
+        ValueError,
+        "kv_heads: got True, expected a positive integer",
     ),
     "precision": (lambda: GroupedQueryAttention(precision=8), ValueError, "precision: got 8, expected None or 'int8'"),
     "softmax has no arguments": (lambda: SoftmaxAttention(3), TypeError, "takes 1 positional argument"),

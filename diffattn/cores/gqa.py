@@ -31,7 +31,7 @@ class GroupedQueryAttention(AttentionCore):
 
     def __init__(self, kv_heads: int | None = None, precision: str | None = None, *, pooling: str = "mean"):
         super().__init__()
-        if kv_heads is not None and (not isinstance(kv_heads, int) or kv_heads < 1):
+        if kv_heads is not None and (type(kv_heads) is not int or kv_heads < 1):
             raise ValueError(f"kv_heads: got {kv_heads!r}, expected a positive integer or None")
         if precision not in (None, "int8"):
             raise ValueError(f"precision: got {precision!r}, expected None or 'int8'")
