@@ -14,10 +14,11 @@ class Config:
             `"torch"` (plain torch everywhere). Environment: `DIFFATTN_BACKEND`.
         compile: what `patch(..., compile=None)` does: `None` (nothing), `"regional"` or `"full"`.
             Environment: `DIFFATTN_COMPILE` (`none`, `regional`, `full`).
-        autotune: `False`, or `True` to search for a kernel's fastest launch configuration where a GPU meets a new
-            size; it takes a minute or so, and what is found is kept in the user's cache folder. Results then may
-            differ in their last bits from those of another machine. Environment: `DIFFATTN_AUTOTUNE` (`0`, `1`), and
-            `DIFFATTN_CACHE` for the folder.
+        autotune: `False`, or `True` to search for the fastest launch configurations of `linear_attention` and of the
+            forward of `gqa_attention` (its plain Triton kernel) where a GPU meets a new size; other kernels have
+            tables alone. It takes a minute or so, and what is found is kept in the user's cache folder. Results may
+            then differ in their last bits from those of another machine. Environment: `DIFFATTN_AUTOTUNE` (`0`, `1`),
+            and `DIFFATTN_CACHE` for the folder.
 
     Raises: ValueError on any other value, when it is assigned or read from the environment.
     """

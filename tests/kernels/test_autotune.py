@@ -99,8 +99,9 @@ def test_results_are_right_during_and_after_a_search(function, autotune, device,
     config.backend = "torch"
     exact = function(*(x.double() for x in (q, k, v)))
     config.backend = "triton"
+    searched = []
     for _ in range(2):
         out = function(q, k, v)
         assert (out - exact).norm() <= 4e-4 * exact.norm()
-        searched = len(autotune)
-    assert searched == len(autotune) > 0
+        searched.append(len(autotune))
+    assert searched[0] == searched[1] > 0  # the second call searches nothing

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from diffattn._config import config
 from diffattn.kernels._autotune import size_class, tuned
 from diffattn.kernels.gqa_attention import hopper
 from diffattn.kernels.gqa_attention.triton import (
@@ -246,17 +247,17 @@ def _config(dtype, width, masked, device):
     return (rows, max(16, keys // 2), warps, 2) if masked else (rows, keys, warps, stages)
 
 
-def gqa_attention_fwd(q, k, v, mask, scale, training, config=None, row_scales=None):
+def gqa_attention_fwd(q, k, v, mask, scale, training, launch=None, row_scales=None):
     """Launch the forward kernel.
 
-    Args: as the operator `diffattn::gqa_attention`; mask has 4 axes. config: (rows, keys, warps, stages).
+    Args: as the operator `diffattn::gqa_attention`; mask has 4 axes. launch: (rows, keys, warps, stages).
             row_scales: where q and k are int8, the scales of their rows as `triton_int8.quantize` makes them; D and
             the width of v may then differ by what int8 rows are padded.
     Returns: out (B, N, H, E); with `training` also stats (2, B, H, N) float32, which hold each row's maximum in
         log2 units and the reciprocal of its sum, and, in half precision, the residual that rounding took from
         out, in the dtype of out. Else both are None.
     """
-    if not training and config is None and hopper.takes(q, k, v, mask, scale, row_scales):
+    if not training and launch is None and hopper.takes(q, k, v, mask, scale, row_scales):
         return hopper.hopper_fwd(q, k, v, mask, scale, row_scales), None, None
     B, N, H, D = q.shape
     M, Hkv, E = v.shape[1:]
@@ -268,17 +269,18 @@ def gqa_attention_fwd(q, k, v, mask, scale, training, config=None, row_scales=No
         return out, stats, residual
     # Products of int8 take 32 features at a time.
     width = head_block(D, E, 16 if row_scales is None else 32)
-    if config is None:
-        key = (width, str(v.dtype), mask_kind(mask), mask_has_rows(mask), training, row_scales is not None)
-        key = (*key, size_class(G * N), size_class(M), size_class(B * Hkv))
-        config = tuned(
-            "gqa_attention forward",
-            key,
-            _config(v.dtype, width, mask is not None, v.device),
-            itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)),
-            lambda config: gqa_attention_fwd(q, k, v, mask, scale, training, config, row_scales),
-        )
-    rows, keys, warps, stages = config
+    if launch is None:
+        launch = _config(v.dtype, width, mask is not None, v.device)
+        if config.autotune:
+            key = (width, str(v.dtype), mask_kind(mask), mask_has_rows(mask), training, row_scales is not None)
+            launch = tuned(
+                "gqa_attention forward",
+                (*key, size_class(G * N), size_class(M), size_class(B * Hkv)),
+                launch,
+                itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+                lambda choice: gqa_attention_fwd(q, k, v, mask, scale, training, choice, row_scales),
+            )
+    rows, keys, warps, stages = launch
     # A few queries do not fill the tile.
     rows = min(rows, head_block(G * N))
     (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))
