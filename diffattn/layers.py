@@ -152,6 +152,8 @@ def _perturbed_by(target: Any) -> list[str]:
     patterns = list(getattr(target, "pag_applied_layers", None) or [])  # as PAGMixin matches them
     if isinstance(target, nn.Module):
         return patterns
+    if hasattr(target, "sag_masking"):  # StableDiffusionSAGPipeline names the layer in its code
+        patterns.append(r"^mid_block\.attentions\.0\.transformer_blocks\.0\.attn1$")
     for guider in target.components.values():
         for skip in getattr(guider, "skip_layer_config", None) or []:
             if skip.skip_attention and skip.skip_ff:

@@ -2,7 +2,10 @@
 
 import functools
 import inspect
+import re
+import sys
 
+import torch
 from torch import Tensor, nn
 
 from diffattn.cores import AttentionCore, GroupedQueryAttention, LayerInfo, SoftmaxAttention, rotate_heads
@@ -27,6 +30,10 @@ class CoreAttnProcessor(nn.Module):
 
     #: Class names of the stock processors that this one stands in for.
     replaces: tuple[str, ...] = ()
+
+    #: Whether it stands in for modules that attend by themselves and hold no weights, in the place of the module and
+    #: with its arguments: then `attn` below is the module that calls it.
+    is_module = False
 
     #: Why `attends_to_itself` is False where it is: what `patch` says of a layer that keeps its attention.
     kept = "attends to text"
@@ -80,6 +87,11 @@ class CoreAttnProcessor(nn.Module):
 
         self._split = value
         self.core.dispatch = functools.partial(dispatch_attention_fn, parallel_config=value)
+
+    def named_modules(self, memo=None, prefix: str = "", remove_duplicate: bool = True):
+        if not torch.compiler.is_compiling():
+            _refuse_perturbed_attention(prefix.removesuffix(".processor"), sys._getframe(1))
+        return super().named_modules(memo, prefix, remove_duplicate)
 
     @classmethod
     def splits(cls, core: AttentionCore) -> bool:
@@ -138,6 +150,27 @@ def _refuse_lost_settings(processor: CoreAttnProcessor, attn: nn.Module) -> None
             f"{type(processor).__name__}: this layer was patched with {patched_with}, and load_ip_adapter() or "
             "unload_ip_adapter() made a new processor without it. Call diffattn.unpatch(...) first, then load or "
             "unload the IP-Adapter, then diffattn.patch(...)"
+        )
+
+
+def _refuse_perturbed_attention(name: str, frame) -> None:
+    """Say what to do before `PAGMixin` assigns a plain processor over this one, which nn.Module refuses without a hint.
+
+    It looks for its layers in `model.named_modules()`, all of them before it assigns to any: there is no other word
+    of it, and a model knows nothing of its pipeline. So who walks through the model is looked up, as debuggers do.
+    """
+    while frame is not None and frame.f_code.co_name == "named_modules":
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_name != "_set_pag_attn_processor":
+        return
+    pipe, model, patterns = (frame.f_locals.get(local) for local in ("self", "model", "pag_applied_layers"))
+    if model is None or not any(re.search(pattern, name) for pattern in patterns or ()):
+        return
+    if not getattr(model.get_submodule(name), "is_cross_attention", True):
+        raise RuntimeError(
+            f"{name}: {type(pipe).__name__} sets processors for perturbed attention guidance on layers "
+            f"{patterns}, and this one is patched, which torch refuses. Call diffattn.unpatch(...) first, then "
+            "diffattn.patch(pipe), the pipeline, or patch(..., layers=...) without these layers: they stay stock"
         )
 
 

@@ -74,6 +74,51 @@ def test_perturbed_attention_guidance_keeps_its_layers(core):
     assert processors(pipe) == had and torch.equal(draw(pipe, pag_scale=3.0), stock)
 
 
+def test_perturbed_attention_guidance_of_a_patched_model_is_refused_with_what_works():
+    """A model knows nothing of its pipeline; in the order of its layers, some of which could take PAG's processors."""
+    pipe = pipeline("StableDiffusionPAGPipeline", pag_applied_layers=["mid"])
+    stock = draw(pipe, pag_scale=3.0)
+    diffattn.patch(pipe.unet, diffattn.SoftmaxAttention(), layers="*.attn1")
+    patched, unguided = processors(pipe), draw(pipe, pag_scale=0.0)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    with pytest.raises(RuntimeError, match=rf"{layer}: StableDiffusionPAG.*unpatch.*diffattn\.patch\(pipe\)"):
+        draw(pipe, pag_scale=3.0)
+    assert processors(pipe) == patched and torch.equal(draw(pipe, pag_scale=0.0), unguided)
+    # The pipeline was patched, and took other layers since; those of the first pattern are stock.
+    diffattn.unpatch(pipe.unet)
+    diffattn.patch(pipe, diffattn.SoftmaxAttention())
+    assert error(draw(pipe, pag_scale=3.0), stock) <= 1e-5
+    patched = processors(pipe)
+    pipe.set_pag_applied_layers(["mid", "up"])
+    with pytest.raises(RuntimeError, match=r"up_blocks.*: StableDiffusionPAG.*layers \['mid', 'up'\]"):
+        draw(pipe, pag_scale=3.0)
+    assert processors(pipe) == patched
+
+
+def test_perturbed_attention_guidance_beside_the_chosen_layers_of_a_model():
+    """Cross-attention of the same block too, which PAG leaves alone."""
+    pipe = pipeline("StableDiffusionPAGPipeline", pag_applied_layers=["mid"])
+    had, stock = processors(pipe), draw(pipe, pag_scale=3.0)
+    others = ["down*", "up*", "*.attn2"]
+    assert len(diffattn.patch(pipe.unet, diffattn.SoftmaxAttention(), layers=others).installed) == 7
+    assert error(draw(pipe, pag_scale=3.0), stock) <= 1e-5
+    diffattn.unpatch(pipe.unet)
+    assert processors(pipe) == had
+
+
+def test_self_attention_guidance_keeps_its_layer():
+    pipe = pipeline("StableDiffusionSAGPipeline")
+    pipe.unet.register_to_config(attention_head_dim=[4, 8])  # the pipeline takes a list or a number
+    had, stock, unguided = processors(pipe), draw(pipe, sag_scale=1.0), draw(pipe, sag_scale=0.0)
+    assert error(unguided, stock) > 1e-4  # it guides
+    handle = diffattn.patch(pipe, diffattn.SoftmaxAttention())
+    kept = [name for name, reason in handle.skipped.items() if "guidance perturbs" in reason]
+    assert kept == ["unet.mid_block.attentions.0.transformer_blocks.0.attn1"]
+    assert error(draw(pipe, sag_scale=1.0), stock) <= 1e-5
+    handle.undo()
+    assert processors(pipe) == had and torch.equal(draw(pipe, sag_scale=1.0), stock)
+
+
 @pytest.mark.parametrize("core", [diffattn.SoftmaxAttention, learned])
 def test_controlnet_acts(core):
     from diffusers import ControlNetModel
@@ -104,16 +149,21 @@ def test_controlnet_acts(core):
 clock = [0]
 
 
-def first_block():
-    from diffusers import FirstBlockCacheConfig
+def config_of(name, **options):
+    import diffusers
 
-    return FirstBlockCacheConfig(threshold=1e9)
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    return getattr(diffusers, name)(**options)
+
+
+def first_block():
+    return config_of("FirstBlockCacheConfig", threshold=1e9)
 
 
 def pyramid():
-    from diffusers import PyramidAttentionBroadcastConfig
-
-    return PyramidAttentionBroadcastConfig(
+    return config_of(
+        "PyramidAttentionBroadcastConfig",
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(0, 1000),
         spatial_attention_block_identifiers=("transformer_blocks",),
@@ -122,9 +172,8 @@ def pyramid():
 
 
 def faster():
-    from diffusers import FasterCacheConfig
-
-    return FasterCacheConfig(
+    return config_of(
+        "FasterCacheConfig",
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(-1, 600),
         spatial_attention_block_identifiers=("transformer_blocks",),
@@ -136,15 +185,13 @@ def faster():
 
 
 def magnitude():
-    from diffusers import MagCacheConfig
-
-    return MagCacheConfig(threshold=1e9, num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4)
+    options = dict(threshold=1e9, num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4)
+    return config_of("MagCacheConfig", **options)
 
 
 def taylor_seer():
-    from diffusers import TaylorSeerCacheConfig
-
-    return TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32)
+    options = dict(cache_interval=2, disable_cache_before_step=1, taylor_factors_dtype=torch.float32)
+    return config_of("TaylorSeerCacheConfig", **options)
 
 
 @pytest.mark.parametrize("first", ["patch", "cache"])
