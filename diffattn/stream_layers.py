@@ -82,31 +82,37 @@ def convolve(stream, conv, stock, x):
 
 def rotate(stream, rope, stock, hidden_states):
     """The tables of `WanRotaryPosEmbed`, whose first features turn with time, from this frame on."""
-    shifted = {}
+    shifted, features = {}, _time_features(rope)
     for name in ("freqs_cos", "freqs_sin"):
         table = getattr(rope, name)
         if isinstance(stream.frames, Tensor):
             # in a graph the number of frames is an input, and a size no number: turn the whole table
             rows = torch.arange(table.shape[0], device=table.device)
-            time, rest = table[(rows + stream.frames).clamp_max(len(table) - 1), : rope.t_dim], table
+            time, rest = table[(rows + stream.frames).clamp_max(len(table) - 1), :features], table
         else:
             rows = max(hidden_states.shape[2:])
             time, rest = _time_table(rope, table, name, stream.frames, rows), table[:rows]
             rest = F.pad(rest, (0, 0, 0, rows - rest.shape[0]))
-        shifted[name] = torch.cat((time, rest[:, rope.t_dim :]), 1)
+        shifted[name] = torch.cat((time, rest[:, features:]), 1)
     plain = {name: value for name, value in vars(rope).items() if not name.startswith("_") and name != "forward"}
     return type(rope).forward(types.SimpleNamespace(**plain, **shifted), hidden_states)
 
 
+def _time_features(rope: nn.Module) -> int:
+    """How many features turn with time; diffusers 0.35 works it out in `WanRotaryPosEmbed.forward`."""
+    return rope.t_dim if hasattr(rope, "t_dim") else rope.attention_head_dim - 2 * (rope.attention_head_dim // 3)
+
+
 def _time_table(rope: nn.Module, table: Tensor, name: str, first: int, rows: int) -> Tensor:
     """Rows `first` on of the features that turn with time. The table ends; time does not."""
+    features = _time_features(rope)
     if first + rows <= table.shape[0]:
-        return table[first : first + rows, : rope.t_dim]
-    frequencies = 10000.0 ** (-torch.arange(0, rope.t_dim, 2, dtype=torch.float64, device=table.device) / rope.t_dim)
+        return table[first : first + rows, :features]
+    frequencies = 10000.0 ** (-torch.arange(0, features, 2, dtype=torch.float64, device=table.device) / features)
     position = torch.arange(first, first + rows, dtype=torch.float64, device=table.device)
     function = torch.cos if name == "freqs_cos" else torch.sin
     known = function(frequencies).repeat_interleave(2).to(table.dtype)
-    if table.shape[0] > 1 and not torch.allclose(known, table[1, : rope.t_dim], atol=1e-5):
+    if table.shape[0] > 1 and not torch.allclose(known, table[1, :features], atol=1e-5):
         raise ValueError(f"stream: {first + rows} frames, and the model's rotary table ends at {table.shape[0]}")
     return function(position[:, None] * frequencies).repeat_interleave(2, 1).to(table.dtype)
 

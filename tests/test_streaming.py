@@ -4,7 +4,6 @@ import copy
 import threading
 import warnings
 
-import diffusers
 import pytest
 import torch
 from torch import nn
@@ -172,8 +171,6 @@ def test_sana_video(cut, sana_video):
 def test_wan(cut):
     """Against the model itself: Wan has nothing but attention that mixes frames."""
     model = BY_NAME["WanTransformer3DModel"].model()
-    if not hasattr(model.rope, "t_dim"):
-        pytest.skip(f"diffusers {diffusers.__version__} has no WanRotaryPosEmbed.t_dim, which the test needs")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         diffattn.patch(model, CausalLinearAttention("elu1", block=4))
