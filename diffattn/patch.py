@@ -20,6 +20,7 @@ from diffattn.cores import (
     WindowAttention,
 )
 from diffattn.layers import DENOISERS, Layer, find_layers, find_unreachable, models_of, names_of, refuse_finalized
+from diffattn.parallel import take_back_refused
 from diffattn.processors import CoreAttnProcessor
 from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_BY_GUIDANCE
 from diffattn.running import refuse_if_running
@@ -76,6 +77,7 @@ class PatchHandle:
         refuse_if_running(_swapped(self._models, self._layers.values()), "undo")
         here = [self._layers[name] for name, p in self.installed.items() if self._layers[name].attn.processor is p]
         refuse_finalized(here)
+        take_back_refused(self._models.values())
         for layer in here:
             if layer.patched:
                 layer.restore()
@@ -138,6 +140,7 @@ def patch(
         raise ValueError(f"compile: got {compile!r}, expected one of {COMPILE_MODES}")
     found = find_layers(target)
     unreachable = find_unreachable(target)
+    take_back_refused(models_of(target).values())
     if not any(layer.family for layer in found):
         reasons = {layer.name: _no_family(layer) for layer in found} | unreachable
         listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())

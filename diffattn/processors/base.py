@@ -49,6 +49,7 @@ class CoreAttnProcessor(nn.Module):
     def __init__(self, core: AttentionCore | None = None):
         super().__init__()
         self._split = None
+        self.refused = None  # what enable_parallelism() assigned, and stopped at
         self.core = SoftmaxAttention() if core is None else core
         self._without_settings = core is None
 
@@ -60,6 +61,8 @@ class CoreAttnProcessor(nn.Module):
             def __call__(self, *args, **kwargs):
                 if self._without_settings:
                     _refuse_lost_settings(self, args[0] if args else kwargs["attn"])
+                if self.refused is not None:
+                    raise RuntimeError(f"enable_parallelism() set parts of this model only: {self._cannot_split()}")
                 return nn.Module.__call__(self, *args, **kwargs)
 
             # diffusers looks at it in every call of every layer.
@@ -74,19 +77,24 @@ class CoreAttnProcessor(nn.Module):
     @_parallel_config.setter
     def _parallel_config(self, value):
         if value is None:
+            self.refused = None
             if self._split is not None:
                 self._split = self.core.dispatch = None
             return
         if not self.splits(self.core):
             # The ranks would attend to their own tokens only.
-            raise NotImplementedError(
-                f"{type(self).__name__} with {self.core} cannot run with context parallelism: call "
-                "diffattn.unpatch(model) before enable_parallelism()"
-            )
+            self.refused = value
+            raise NotImplementedError(self._cannot_split())
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         self._split = value
         self.core.dispatch = functools.partial(dispatch_attention_fn, parallel_config=value)
+
+    def _cannot_split(self) -> str:
+        return (
+            f"{type(self).__name__} with {self.core} cannot run with context parallelism. Call "
+            "diffattn.unpatch(model), which takes back what was set, then enable_parallelism()"
+        )
 
     def named_modules(self, memo=None, prefix: str = "", remove_duplicate: bool = True):
         if not torch.compiler.is_compiling():
@@ -154,10 +162,10 @@ def _refuse_lost_settings(processor: CoreAttnProcessor, attn: nn.Module) -> None
 
 
 def _refuse_perturbed_attention(name: str, frame) -> None:
-    """Say what to do before `PAGMixin` assigns a plain processor over this one, which nn.Module refuses without a hint.
+    """Say what to do before `PAGMixin` assigns a plain processor over this one: nn.Module's refusal does not.
 
-    It looks for its layers in `model.named_modules()`, all of them before it assigns to any: there is no other word
-    of it, and a model knows nothing of its pipeline. So who walks through the model is looked up, as debuggers do.
+    It looks for its layers in `model.named_modules()` before it assigns to any: there is no other word of it, and a
+    model knows nothing of its pipeline. So who walks through the model is looked up, as debuggers do.
     """
     while frame is not None and frame.f_code.co_name == "named_modules":
         frame = frame.f_back

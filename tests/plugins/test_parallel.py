@@ -99,6 +99,40 @@ def test_softmax_goes_through_the_dispatch_of_diffusers(name, tmp_path):
     in_two_processes(work, tmp_path)
 
 
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_refused_split_is_taken_back(name, tmp_path):
+    """By unpatch(), or by a patch that can be split; until then the model does not run half set."""
+    if not hasattr(diffusers, "ContextParallelConfig"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no ContextParallelConfig")
+    tiny, inputs = BY_NAME[name], SPLIT[name] | dict(return_dict=False)
+    alone = out(tiny, tiny.model(), **inputs)
+
+    def work(rank):
+        stock, model = tiny.model(), tiny.model()
+        enable(stock)
+        expected, had = out(tiny, stock, **inputs), processors(model)
+        # The layers before it are stock's, and diffusers sets them.
+        last = list(had)[-1]
+        for able in (False, True):
+            diffattn.patch(model, "linear", layers=last)
+            with pytest.raises(NotImplementedError, match=r"LinearAttention.*unpatch\(model\).* enable_parallelism"):
+                enable(model)
+            with pytest.raises(RuntimeError, match=r"parts of this model.*LinearAttention.*unpatch\(model\)"):
+                out(tiny, model, **inputs)
+            if able:
+                diffattn.patch(model, diffattn.SoftmaxAttention())
+                assert error(out(tiny, model, **inputs), alone) <= 1e-5
+            else:
+                diffattn.unpatch(model)
+                assert processors(model) == had and torch.equal(out(tiny, model, **inputs), alone)
+        enable(model)
+        assert error(out(tiny, model, **inputs), expected) <= 1e-5
+        diffattn.unpatch(model)
+        assert processors(model) == had and torch.equal(out(tiny, model, **inputs), expected)
+
+    in_two_processes(work, tmp_path)
+
+
 @pytest.mark.parametrize("core", ["linear", "mqa"])
 def test_a_core_that_cannot_be_split_is_refused(core):
     """In the assignment that enable_parallelism() makes of every processor."""
