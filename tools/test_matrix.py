@@ -43,7 +43,7 @@ def run(name: str, arguments: list[str]) -> int:
     def pytest(*command: str) -> int:
         return subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *command], cwd=ROOT).returncode
 
-    pip("install", *upgrade, "-c", constraints, "-e", f"{ROOT}[export,test]")
+    pip("install", *upgrade, "-c", constraints, "-e", f"{ROOT}[distill,export,test]")
     shown = re.findall(r"(?m)^(?:torch|triton|diffusers|transformers|accelerate|peft)==\S+", pip("freeze"))
     print(f"{name}: {', '.join(shown)}", flush=True)
     code = pytest(*QUICK, *arguments)
