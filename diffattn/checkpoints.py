@@ -302,7 +302,7 @@ def load_into(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> None:
     """
     tasks = []
     for saved, layer in layers.items():
-        processor, info = layer.attn.processor, layer.family.layer_info(layer.attn)
+        processor, info = layer.processor, layer.family.layer_info(layer.attn)
         checkpoint.core(saved, processor.core)
         if info.heads != checkpoint.heads.get(saved, info.heads):
             raise ValueError(

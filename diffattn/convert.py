@@ -42,7 +42,7 @@ def finalize(target: Any) -> int:
     refuse_if_running(models_of(target).values(), "finalize")
     dropped = 0
     for layer, path in found:
-        layer.attn.__dict__["_diffattn_finalized"] = True  # first: an interruption must not leave it to unpatch
+        layer.attn.__dict__[layer.record("finalized")] = True  # first: an interruption must not leave it to unpatch
         dropped += sum(p.numel() * p.element_size() for p in layer.attn.get_submodule(path).parameters())
         parent, _, name = path.rpartition(".")
         setattr(layer.attn.get_submodule(parent), name, Dropped(f"{layer.name}.{path}"))
@@ -51,7 +51,7 @@ def finalize(target: Any) -> int:
 
 def _replaced(layer: Layer) -> list[str]:
     """The layer's projections that its core's own stand in for, less those dropped already."""
-    own = layer.attn.processor.core.projections or {}
+    own = layer.processor.core.projections or {}
     paths = [MODULES[role] for role in own]
     return [path for path in paths if not isinstance(layer.attn.get_submodule(path), Dropped)]
 

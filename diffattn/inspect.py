@@ -112,9 +112,9 @@ def inspect_model(
     for component, model in sorted(models.items(), key=lambda item: is_autoencoder(item[1])):
         mine = [layer for layer in found if layer.component == component]
         prefix = f"{component}." if component else ""
-        modules = {layer.name: layer.attn for layer in mine}
-        modules |= {prefix + n: m for n, m in model.named_modules() if prefix + n in unreachable}
-        if not modules:
+        paths = {layer.name: layer.path for layer in mine}
+        paths |= {prefix + n: n for n, _ in model.named_modules() if prefix + n in unreachable}
+        if not paths:
             continue
         if not mine:
             inspection.inputs[component] = "not run: none of its attention has a processor"
@@ -122,7 +122,7 @@ def inspect_model(
         inputs = Inputs(model, height, width, frames, compression)
         height, width = inputs.size.height, inputs.size.width
         try:
-            stock, bare = _run(model, mine, modules, inputs)
+            stock, bare = _run(model, mine, paths, inputs)
         except Exception as error:  # a model's own forward: it may fail in any way on inputs that do not suit it
             inspection.inputs[component] = f"could not be run with inputs made up for it: {_first_line(error)}"
             continue
@@ -131,7 +131,7 @@ def inspect_model(
             continue
         inspection.inputs[component] = str(inputs)
         reached = {layer.name for layer in mine if layer.family}
-        for name in modules:
+        for name in paths:
             seconds = stock.seconds[name] - bare.seconds[name] if name in reached else stock.fused[name]
             seen = bare.seen[name] or stock.seen[name]
             if seen:
@@ -143,7 +143,7 @@ def inspect_model(
                     tokens=(queries, keys),
                     share=max(seconds, 0.0) / stock.total,
                 )
-        inspection.share[component] = sum(rows[name].share or 0 for name in modules)
+        inspection.share[component] = sum(rows[name].share or 0 for name in paths)
     order = {name: i for i, name in enumerate(names_of(target))}
     inspection.rows.extend(sorted(rows.values(), key=lambda row: order[row.name]))
     return inspection
@@ -258,7 +258,7 @@ def _row(layer: Layer, installs: dict[str, str], reasons: dict[str, str]) -> Att
         return row
     heads, kv_heads = layer.family.heads(layer.attn)
     kind, *details = layer.family.exact_core(layer.attn).formula(heads, kv_heads)
-    mechanism = kind if kind == "softmax" else f"{details[0]} {kind}"
+    mechanism = f"{details[0]} {kind}" if kind == "linear" else kind
     if kind == "softmax" and kv_heads < heads:
         mechanism += ", MQA" if kv_heads == 1 else ", GQA"
     itself = layer.family.attends_to_itself(layer.path, layer.attn)
@@ -266,17 +266,17 @@ def _row(layer: Layer, installs: dict[str, str], reasons: dict[str, str]) -> Att
     return replace(row, heads=heads, kv_heads=kv_heads, mechanism=mechanism, context=context)
 
 
-def _run(model: nn.Module, found: list[Layer], modules: dict[str, nn.Module], inputs: Inputs) -> tuple[Layers, Layers]:
+def _run(model: nn.Module, found: list[Layer], paths: dict[str, str], inputs: Inputs) -> tuple[Layers, Layers]:
     """Forwards with stock attention and with none; the costs of both."""
     reached = [layer for layer in found if layer.family]
-    return _forward(model, modules, inputs), _forward(model, modules, inputs, reached)
+    return _forward(model, paths, inputs), _forward(model, paths, inputs, reached)
 
 
-def _forward(model: nn.Module, modules: dict[str, nn.Module], inputs: Inputs, bare: Sequence[Layer] = ()) -> Layers:
+def _forward(model: nn.Module, paths: dict[str, str], inputs: Inputs, bare: Sequence[Layer] = ()) -> Layers:
     """A forward whose `bare` layers do not attend. Raises: what the model's own forward does."""
     failure = None
     for arguments in inputs.variants():
-        layers = Layers(modules)
+        layers = Layers(model, paths)
         try:
             for layer in bare:
                 layer.install(layer.family(SeeingCore(layers)))

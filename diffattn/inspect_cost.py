@@ -26,10 +26,14 @@ ALLOCATIONS = ("empty", "new_empty", "empty_like", "_unsafe_view")
 
 
 class Layers:
-    """Which attention layer is running, what it saw and what each took. Key None is all that is in none."""
+    """Which attention layer is running, what it saw and what each took. Key None is all that is in none.
 
-    def __init__(self, modules: dict[str, nn.Module]):
-        self.modules = modules
+    paths: names of layers -> of their modules in the model, which are looked up when it is entered: a layer may be a
+    module that is swapped itself.
+    """
+
+    def __init__(self, model: nn.Module, paths: dict[str, str]):
+        self.model, self.paths = model, paths
         self.running: list[str] = []
         self.seconds: dict[str | None, float] = defaultdict(float)
         self.fused: dict[str | None, float] = defaultdict(float)  # in calls of fused softmax attention
@@ -37,7 +41,8 @@ class Layers:
 
     def __enter__(self) -> "Layers":
         self._handles = []
-        for name, module in self.modules.items():
+        for name, path in self.paths.items():
+            module = self.model.get_submodule(path)
             enter = module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name))
             leave = module.register_forward_hook(lambda *_: void(self.running.pop()))
             self._handles += [enter, leave]

@@ -7,36 +7,50 @@ from typing import Any
 
 from torch import nn
 
-from diffattn.processors import BY_STOCK_NAME, CoreAttnProcessor
+from diffattn.processors import BY_STOCK_NAME, STOCK_MODULES, CoreAttnProcessor
 from diffattn.processors.unsupported import WITHOUT_PROCESSOR
 
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 # Where IP-Adapters put the modules that turn pictures into prompts, some of which attend.
 IMAGE_PROJECTIONS = ("encoder_hid_proj.", "image_proj.")
-# Attributes of a patched attention module: the processor that was there, what core replaced it, and whether `finalize`
-# dropped what that processor needs.
-RECORDS = ("_diffattn_stock", "_diffattn_core", "_diffattn_finalized")
+# What a patched attention module remembers, as attributes `_diffattn_...`: the processor that was there, what core
+# replaced it, and whether `finalize` dropped what that processor needs.
+RECORDS = ("stock", "core", "finalized")
 
 
 @dataclass
 class Layer:
-    """An attention module of a diffusers model: it calls whatever its `processor` attribute holds."""
+    """An attention module of a diffusers model: it calls whatever its `processor` attribute holds.
+
+    Where a module has no processor and calls children that attend and hold no weights, each child is a layer, with the
+    child in the processor's place: `slot` is its name.
+    """
 
     component: str  # its key in `pipe.components`; "" for a bare model
-    path: str  # as in `model.attn_processors`, without ".processor"
+    path: str  # as in `model.attn_processors`, without ".processor"; of a child, its own
     attn: nn.Module
     denoises: bool
     model: str = ""  # class name of the model that it is part of
     perturbed: bool = False  # guidance sets a processor of its own here, or hooks that know stock's
+    slot: str = "processor"  # the attribute of `attn` that is swapped
 
     @property
     def name(self) -> str:
         return f"{self.component}.{self.path}" if self.component else self.path
 
     @property
+    def processor(self) -> Any:
+        """What attends now."""
+        return getattr(self.attn, self.slot)
+
+    def record(self, what: str) -> str:
+        """The name of an attribute in RECORDS: an attention module may have several slots."""
+        return f"_diffattn_{what}" if self.slot == "processor" else f"_diffattn_{what}_{self.slot}"
+
+    @property
     def stock(self) -> Any:
         """The processor that was there before diffattn's."""
-        return self.attn.__dict__["_diffattn_stock"] if self.patched else self.attn.processor
+        return self.attn.__dict__[self.record("stock")] if self.patched else self.processor
 
     @property
     def family(self) -> type[CoreAttnProcessor] | None:
@@ -44,34 +58,41 @@ class Layer:
 
     @property
     def patched(self) -> bool:
-        return "_diffattn_stock" in self.attn.__dict__ and isinstance(self.attn.processor, CoreAttnProcessor)
+        return self.record("stock") in self.attn.__dict__ and isinstance(self.processor, CoreAttnProcessor)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether something else was set over diffattn's processor."""
+        return self.record("stock") in self.attn.__dict__ and not self.patched
 
     @property
     def parallel_config(self) -> Any:
         """What enable_parallelism() gave the processor; None: all tokens are on this rank."""
-        return getattr(self.attn.processor, "_parallel_config", None)
+        return getattr(self.processor, "_parallel_config", None)
 
     @property
     def finalized(self) -> bool:
-        return "_diffattn_finalized" in self.attn.__dict__
+        return self.record("finalized") in self.attn.__dict__
 
     def install(self, processor: CoreAttnProcessor) -> None:
         stock = self.stock
         processor._parallel_config = self.parallel_config
-        set_processor(self.attn, processor)
+        set_processor(self.attn, processor, self.slot)
         # In __dict__, past nn.Module's bookkeeping: a stock processor with weights must not add to the
         # model's state dict while it is out of use.
-        self.attn.__dict__["_diffattn_stock"] = stock
-        self.attn.__dict__["_diffattn_core"] = repr(processor.core)
+        self.attn.__dict__[self.record("stock")] = stock
+        self.attn.__dict__[self.record("core")] = repr(processor.core)
 
     def restore(self) -> None:
         refuse_finalized([self])
-        stock = self.attn.__dict__["_diffattn_stock"]
+        stock = self.attn.__dict__[self.record("stock")]
         if getattr(stock, "_parallel_config", None) is not self.parallel_config:
             stock._parallel_config = self.parallel_config  # enable_parallelism() came after the patch
-        set_processor(self.attn, stock)
-        for record in RECORDS:  # last: an interruption must not leave a patch that nothing tells of
-            self.attn.__dict__.pop(record, None)
+        if self.slot != "processor":
+            stock.train(self.attn.training)  # model.train() and eval() passed it by
+        set_processor(self.attn, stock, self.slot)
+        for what in RECORDS:  # last: an interruption must not leave a patch that nothing tells of
+            self.attn.__dict__.pop(self.record(what), None)
 
     def where_it_computes(self) -> dict[str, Any]:
         """Device and dtype of a layer's inputs, which offloaded or cast weights are brought to for each call."""
@@ -90,13 +111,14 @@ class Layer:
 
     def state(self) -> dict[str, Any]:
         """What `reset` needs to bring this moment back."""
-        records = {name: self.attn.__dict__[name] for name in RECORDS if name in self.attn.__dict__}
-        return {"processor": self.attn.processor, "records": records}
+        names = map(self.record, RECORDS)
+        records = {name: self.attn.__dict__[name] for name in names if name in self.attn.__dict__}
+        return {"processor": self.processor, "records": records}
 
     def reset(self, state: dict[str, Any]) -> None:
-        set_processor(self.attn, state["processor"])
-        for record in RECORDS:
-            self.attn.__dict__.pop(record, None)
+        set_processor(self.attn, state["processor"], self.slot)
+        for what in RECORDS:
+            self.attn.__dict__.pop(self.record(what), None)
         self.attn.__dict__.update(state["records"])
 
 
@@ -111,18 +133,18 @@ def refuse_finalized(layers: Iterable[Layer]) -> None:
         )
 
 
-def set_processor(attn: nn.Module, processor: Any) -> None:
+def set_processor(attn: nn.Module, processor: Any, slot: str = "processor") -> None:
     """Put a processor in the place of another; there is one at any moment, for a thread that runs the layer.
 
     Past `nn.Module.__setattr__`, which refuses a plain object over a registered submodule and keeps a stale attribute
     under one.
     """
     if isinstance(processor, nn.Module):
-        attn._modules["processor"] = processor
-        attn.__dict__.pop("processor", None)
+        attn._modules[slot] = processor
+        attn.__dict__.pop(slot, None)
     else:
-        attn.__dict__["processor"] = processor
-        attn._modules.pop("processor", None)
+        attn.__dict__[slot] = processor
+        attn._modules.pop(slot, None)
 
 
 def find_layers(target: Any) -> list[Layer]:
@@ -138,13 +160,27 @@ def find_layers(target: Any) -> list[Layer]:
     for component, model in models_of(target).items():
         denoises = component.startswith(DENOISERS) or (not component and not is_autoencoder(model))
         for name, module in model.named_modules():
-            # transformers' models have no such attribute; a processor is called with the module.
-            if callable(getattr(module, "processor", None)) and id(module) not in seen:
+            slots = _slots(module)
+            if slots and id(module) not in seen:
                 seen.add(id(module))
                 skipped = _hooked(module) or (denoises and any(re.search(p, name) for p in perturbed))
                 draws = denoises and not name.startswith(IMAGE_PROJECTIONS)
-                found.append(Layer(component, name, module, draws, type(model).__name__, skipped))
+                for slot in slots:
+                    path = name if slot == "processor" else f"{name}.{slot}"
+                    found.append(Layer(component, path, module, draws, type(model).__name__, skipped, slot))
     return found
+
+
+def _slots(module: nn.Module) -> list[str]:
+    """The attributes in which a module holds what attends for it."""
+    # transformers' models have no such attribute; a processor is called with the module.
+    if callable(getattr(module, "processor", None)):
+        return ["processor"]
+    return [
+        name
+        for name, child in module.named_children()
+        if type(child).__name__ in STOCK_MODULES or (isinstance(child, CoreAttnProcessor) and child.is_module)
+    ]
 
 
 def _perturbed_by(target: Any) -> list[str]:

@@ -75,7 +75,7 @@ class PatchHandle:
         Raises: RuntimeError if another thread is running the model, or a layer is finalized: all stays patched.
         """
         refuse_if_running(_swapped(self._models, self._layers.values()), "undo")
-        here = [self._layers[name] for name, p in self.installed.items() if self._layers[name].attn.processor is p]
+        here = [self._layers[name] for name, p in self.installed.items() if self._layers[name].processor is p]
         refuse_finalized(here)
         take_back_refused(self._models.values())
         for layer in here:
@@ -164,8 +164,8 @@ def patch(
     compiled_before = _compiled(target)
     try:
         for layer, processor in plan:
-            if layer.patched and _same(layer.attn.processor, processor):
-                processor = layer.attn.processor  # patching twice keeps loaded weights
+            if layer.patched and _same(layer.processor, processor):
+                processor = layer.processor  # patching twice keeps loaded weights
                 if layer.name in converted and any(True for _ in processor.parameters()):
                     converted.remove(layer.name)
             done.append((layer, layer.state()))
@@ -219,11 +219,11 @@ def status(target: Any) -> PatchHandle:
     for layer in layers:
         handle._order.append(layer.name)
         if layer.patched:
-            handle.installed[layer.name] = layer.attn.processor
+            handle.installed[layer.name] = layer.processor
             handle._layers[layer.name] = layer
         else:
-            replaced = ", which replaced diffattn's" if "_diffattn_stock" in layer.attn.__dict__ else ""
-            handle.skipped[layer.name] = type(layer.attn.processor).__name__ + replaced
+            replaced = ", which replaced diffattn's" if layer.replaced else ""
+            handle.skipped[layer.name] = type(layer.processor).__name__ + replaced
     return handle
 
 
@@ -282,10 +282,10 @@ def make_plan(found: list[Layer], core: AttentionCore | None, layers: Layers | N
             continue
         wanted = core if saved is None else checkpoint.core(saved[layer.name], core)
         if layer.finalized:
-            if repr(wanted) == repr(layer.attn.processor.core):
-                plan.append((layer, layer.attn.processor))
+            if repr(wanted) == repr(layer.processor.core):
+                plan.append((layer, layer.processor))
             else:
-                skipped[layer.name] = f"finalized: it keeps {layer.attn.processor.core}"
+                skipped[layer.name] = f"finalized: it keeps {layer.processor.core}"
             continue
         reason, exact = _decide(layer, wanted, explicit=layers is not None or saved is not None)
         if reason is not None:

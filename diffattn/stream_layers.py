@@ -133,7 +133,7 @@ def plan_of(model: nn.Module, window: int | None) -> tuple[dict[nn.Module, Any],
         plan[module], names[module] = handler, name or type(module).__name__
 
     for layer in find_layers(model):
-        processor = layer.attn.processor
+        processor = layer.processor
         ours = isinstance(processor, CoreAttnProcessor)
         family = type(processor) if ours else layer.family
         itself = not getattr(layer.attn, "is_cross_attention", False) if family is None else family.attends_to_itself(

@@ -23,8 +23,8 @@ each layer with a processor has one here too; in {missed} some layer keeps its o
 processor. Written by `docs/make_models.py` from a run of `tests/models` on tiny random models (CPU, torch {torch});
 what real ones gain is in the README.
 
-- **layers**: attention layers with a processor that have one here. These compute what stock computes, within 1e-6 in
-  float32 and at most twice stock's own error in bfloat16.
+- **layers**: attention layers with a processor, or a module in its place, that have one here. These compute what stock
+  computes, within 1e-6 in float32 and at most twice stock's own error in bfloat16.
 - **exact**: layers of the tiny model that `patch(model)` puts into fused kernels. None, where torch's own attention is
   the fast path.
 - **converted**: layers that `patch(model, "linear")` and `patch(model, "mqa")` take by default; `layers=` takes more.
@@ -71,7 +71,7 @@ def collect() -> dict:
 def row(tiny, group, outcomes) -> dict:
     import diffattn
     from diffattn.patch import find_layers, find_unreachable
-    from tests.models.stock import built, is_linear
+    from tests.models.stock import built, is_linear, is_softmax
 
     model = built(tiny).model
     found = find_layers(model)
@@ -91,7 +91,7 @@ def row(tiny, group, outcomes) -> dict:
     computes &= outcomes.passed("test_each_layer_returns_what_stock_returns", case)
     computes &= outcomes.passed("test_in_bfloat16_each_layer_errs_as_little_as_stock", case)
     stock = {type(layer.stock).__name__ for layer in known}
-    of_linear = [layer.name for layer in known if is_linear(layer)]
+    of_linear, of_softmax = ([layer.name for layer in known if f(layer)] for f in (is_linear, is_softmax))
     return {
         "group": group,
         "class": tiny.cls,
@@ -100,7 +100,8 @@ def row(tiny, group, outcomes) -> dict:
         "reached": len(known) if computes else 0,
         "exact": {
             "linear": sum(name in of_linear for name in exact),
-            "grouped": sum(name not in of_linear for name in exact),
+            "grouped": sum(name in of_softmax for name in exact),
+            "delta": sum(name not in of_linear + of_softmax for name in exact),
         },
         "linear_already": len(of_linear),
         "converted": [n for n in linear if n not in of_linear]
@@ -155,7 +156,7 @@ def render(data: dict) -> str:
 
 def _line(r) -> str:
     layers = f"{r['reached']} of {r['layers']}" if r["reached"] < r["layers"] else "all" if r["layers"] else "none"
-    exact = [f"{r['exact'][kind]} {kind}" for kind in ("linear", "grouped") if r["exact"][kind]]
+    exact = [f"{count} {kind}" for kind, count in r["exact"].items() if count]
     padding = " ".join(r["padding"]) + (" pairs" if r["pairs_refused"] else "")
     compiles = "yes" if r["compiles"] and r["reached"] else ""
     converted = str(len(r["converted"])) if r["converted"] else ""

@@ -25,7 +25,13 @@ def by_name(inspection):
 @pytest.mark.parametrize("core", [None, "linear"])
 @pytest.mark.parametrize(
     "name",
-    ["UNet2DConditionModel", "Lumina2Transformer2DModel", "AnyFlowFARTransformer3DModel", "SanaWMTransformer3DModel"],
+    [
+        "UNet2DConditionModel",
+        "Lumina2Transformer2DModel",
+        "AnyFlowFARTransformer3DModel",
+        "SanaWMTransformer3DModel",
+        "SanaWMTransformer3DModel-softmax",
+    ],
 )
 def test_says_what_patch_does(name, core, tmp_path):
     model = BY_NAME[name].model()
@@ -124,7 +130,7 @@ def test_costs_are_those_of_the_rates(dtype):
     thin = torch.empty(n, 1, dtype=dtype, device="meta")
     q = torch.empty(1, 2, n, d, dtype=dtype, device="meta")
     attention = Attends()
-    with Layers({"attn": attention}) as layers:
+    with Layers(nn.ModuleDict({"attn": attention}), {"attn": "attn"}) as layers:
         big @ big
         big.view(-1).detach()
         assert layers.seconds[None] == pytest.approx(2 * n**3 / rate)

@@ -228,7 +228,7 @@ def test_unknown_processors_are_named(unet):
 
 def test_attention_without_a_processor_is_listed():
     """Such modules have no processor to swap; the table says so."""
-    tiny = BY_NAME["SanaWMTransformer3DModel"]
+    tiny = BY_NAME["SanaWMTransformer3DModel-softmax"]
     handle = diffattn.patch(tiny.model(), diffattn.SoftmaxAttention())
     assert list(handle.installed) == ["blocks.0.cross_attn", "blocks.1.cross_attn"]
     assert "gives it no processor" in handle.skipped["blocks.0.attn.attn"]

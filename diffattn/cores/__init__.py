@@ -3,6 +3,7 @@
 from diffattn.cores.base import AttentionCore, LayerInfo, Rotary, apply_rotary, rotate_heads
 from diffattn.cores.causal import CausalCore, CausalLinearAttention, CausalState
 from diffattn.cores.fla import RWKV6, RWKV7, GatedDeltaRule, GatedLinearAttention
+from diffattn.cores.frame_delta_rule import FrameDeltaRule
 from diffattn.cores.gqa import GroupedQueryAttention
 from diffattn.cores.linear import LinearAttention
 from diffattn.cores.softmax import SoftmaxAttention
@@ -16,6 +17,7 @@ __all__ = [
     "CausalCore",
     "CausalLinearAttention",
     "CausalState",
+    "FrameDeltaRule",
     "GatedDeltaRule",
     "GatedLinearAttention",
     "GroupedQueryAttention",

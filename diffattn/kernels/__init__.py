@@ -12,6 +12,7 @@ from diffattn.kernels.causal_linear_attention import (
     bidirectional_linear_attention,
     causal_linear_attention,
 )
+from diffattn.kernels.frame_delta_rule import frame_delta_rule
 from diffattn.kernels.gqa_attention import gqa_attention
 from diffattn.kernels.linear_attention import linear_attention
 from diffattn.kernels.qk_norm_rope import Rotary, apply_rotary, qk_norm_rope
@@ -24,6 +25,7 @@ __all__ = [
     "block_sparse_attention",
     "causal_linear_attention",
     "exporting",
+    "frame_delta_rule",
     "gqa_attention",
     "linear_attention",
     "linear_attention_outside",

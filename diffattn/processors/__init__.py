@@ -11,6 +11,7 @@ from diffattn.processors import (
     lumina,
     plain,
     sana,
+    sana_wm,
     single_stream,
     stable_audio,
     vae,
@@ -32,6 +33,7 @@ _MODULES = (
     ltx,
     video_cross,
     sana,
+    sana_wm,
     dcae,
     lumina,
     audio,
@@ -53,9 +55,13 @@ PROCESSORS: tuple[type[CoreAttnProcessor], ...] = tuple(
 #: Stock processor class name -> ours. By name, so that no model of diffusers is imported for it.
 BY_STOCK_NAME = {stock: ours for ours in PROCESSORS for stock in ours.replaces}
 
+#: Those of them that are modules without weights, which diffusers calls where other models call a processor.
+STOCK_MODULES = {stock for stock, ours in BY_STOCK_NAME.items() if ours.is_module}
+
 __all__ = [
     "BY_STOCK_NAME",
     "PROCESSORS",
+    "STOCK_MODULES",
     "CoreAttnProcessor",
     "LinearAttnProcessor",
     "MQAAttnProcessor",

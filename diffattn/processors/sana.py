@@ -80,7 +80,7 @@ class SanaCrossAttnProcessor(PlainAttnProcessor):
 
 
 class SanaWMCrossAttnProcessor(StreamAttnProcessor):
-    """Sana-WM's softmax attention to the text; its other attention has no processor."""
+    """Sana-WM's softmax attention to the text; `sana_wm` has its attention over frames."""
 
     replaces = ("SanaWMCrossAttnProcessor",)
 

@@ -54,11 +54,6 @@ WITHOUT_PROCESSOR = {
         "WanAttentionBlock",
     )
 } | {
-    name: f"(gated delta rule over frames, or softmax beside it) {_IN_FORWARD}"
-    for name in (
-        "SanaWMBidirectionalGDNAttention",
-        "SanaWMBidirectionalGDNCamAttention",
-        "SanaWMSoftmaxAttention",
-        "SanaWMSoftmaxCamAttention",
-    )
+    name: f"(softmax, beside a gated delta rule) {_IN_FORWARD}"
+    for name in ("SanaWMSoftmaxAttention", "SanaWMSoftmaxCamAttention")
 }

@@ -38,8 +38,9 @@ def built(tiny: TinyModel) -> Stock:
         def after(attn, args, kwargs, out, given=given, name=layer.name):
             calls.setdefault(name, (*given["first"], copied(out)))
 
-        hooks.append(layer.attn.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(layer.attn.register_forward_hook(after, with_kwargs=True))
+        module = model.get_submodule(layer.name)
+        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(module.register_forward_hook(after, with_kwargs=True))
     with tiny.reference():
         with torch.no_grad():
             inference = tiny.run(model)
@@ -74,4 +75,12 @@ def layers(model, globs: str | None) -> set[str]:
 
 
 def is_linear(layer) -> bool:
-    return layer.family.exact_core(layer.attn).formula(1, 1)[0] == "linear"
+    return _formula(layer) == "linear"
+
+
+def is_softmax(layer) -> bool:
+    return _formula(layer) == "softmax"
+
+
+def _formula(layer) -> str:
+    return layer.family.exact_core(layer.attn).formula(1, 1)[0]

@@ -11,7 +11,7 @@ from diffattn.patch import find_layers
 from diffattn.processors import BY_STOCK_NAME
 from tests.models import MODELS
 from tests.models.base import flat
-from tests.models.stock import built, copied, is_linear, layers, relative_error
+from tests.models.stock import built, copied, is_softmax, layers, relative_error
 
 PATCHABLE = [m for m in MODELS if m.unreachable != "*"]
 
@@ -21,7 +21,7 @@ def test_each_layer_returns_what_stock_returns(tiny):
     """Layer by layer, since a residual stream may hide what a layer gets wrong."""
     stock = built(tiny)
     model = stock.model
-    softmax = {layer.name for layer in find_layers(model) if layer.family and not is_linear(layer)}
+    softmax = {layer.name for layer in find_layers(model) if layer.family and is_softmax(layer)}
     assert softmax - stock.calls.keys() == layers(model, tiny.unused) & softmax
     if not softmax or tiny.hides_queries:
         return
@@ -39,7 +39,7 @@ def in_bfloat16(tree):
 @pytest.mark.parametrize("tiny", PATCHABLE, ids=str)
 def test_in_bfloat16_each_layer_errs_as_little_as_stock(tiny):
     stock = built(tiny)
-    names = [layer.name for layer in find_layers(stock.model) if layer.family and not is_linear(layer)]
+    names = [layer.name for layer in find_layers(stock.model) if layer.family and is_softmax(layer)]
     if not names or tiny.hides_queries:
         return
     model = tiny.model().bfloat16()
@@ -102,7 +102,7 @@ def test_each_processor_compiles_to_one_graph(stock_class):
     tiny, name = first_layers()[stock_class]
     stock = built(tiny)
     layer = next(x for x in find_layers(stock.model) if x.name == name)
-    core = None if is_linear(layer) else diffattn.SoftmaxAttention()
+    core = diffattn.SoftmaxAttention() if is_softmax(layer) else None
     args, kwargs, out = stock.calls[name]
     torch._dynamo.reset()
     with diffattn.patched(stock.model, core, layers=name), torch.no_grad():
@@ -124,7 +124,7 @@ def test_models_run_on_the_kernels(tiny, device, triton_backend):
             return tiny.run(model, torch.Generator(device).manual_seed(1))
 
         stock = run()
-        softmax = any(layer.family and not is_linear(layer) for layer in find_layers(model))
+        softmax = any(layer.family and is_softmax(layer) for layer in find_layers(model))
         for core in (None, diffattn.SoftmaxAttention()) if softmax else (None,):
             with diffattn.patched(model, core):
                 assert relative_error(run(), stock) <= 1e-5

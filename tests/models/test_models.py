@@ -7,7 +7,7 @@ import diffattn
 from diffattn.patch import find_layers, find_unreachable
 from diffattn.processors import BY_STOCK_NAME
 from tests.models import MODELS, TinyModel
-from tests.models.stock import built, is_linear, layers, relative_error, run
+from tests.models.stock import built, is_linear, is_softmax, layers, relative_error, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
 
@@ -29,19 +29,19 @@ def test_each_layer_has_a_processor_or_a_reason(tiny):
     assert without == layers(model, tiny.unreachable)
     if tiny.unreachable != "*":
         return
-    before = [layer.attn.processor for layer in found]
+    before = [layer.processor for layer in found]
     with pytest.raises(ValueError, match="no attention layer of") as error:
         diffattn.patch(model)
     for name in [layer.name for layer in found] + list(find_unreachable(model)):
         assert f"\n  {name}: " in str(error.value)
-    assert [layer.attn.processor for layer in found] == before
+    assert [layer.processor for layer in found] == before
 
 
 @patchable
 def test_softmax_core_computes_what_stock_softmax_computes(tiny):
     stock = built(tiny)
     model = stock.model
-    softmax = {layer.name for layer in find_layers(model) if layer.family and not is_linear(layer)}
+    softmax = {layer.name for layer in find_layers(model) if layer.family and is_softmax(layer)}
     if not softmax:
         with pytest.raises(ValueError, match="linear attention already"):
             diffattn.patch(model, diffattn.SoftmaxAttention())
@@ -94,11 +94,11 @@ def test_a_converted_core_takes_what_attends_to_itself(tiny):
         with pytest.raises(ValueError, match="fits no layer"):
             diffattn.patch(model, "linear")
         return
-    before = {layer.name: layer.attn.processor for layer in find_layers(model)}
+    before = {layer.name: layer.processor for layer in find_layers(model)}
     with diffattn.patched(model, "linear") as handle:
         assert handle.installed.keys() == expected | exact
         for layer in find_layers(model):
-            assert layer.patched or layer.attn.processor is before[layer.name]
+            assert layer.patched or layer.processor is before[layer.name]
         changes = {}
         if tiny.pair_mask != ():
             with pytest.raises(ValueError, match="linear attention can mask keys"):
@@ -119,13 +119,13 @@ def test_a_converted_core_takes_what_attends_to_itself(tiny):
 def test_unpatch_leaves_no_trace(tiny):
     stock = built(tiny)
     model = stock.model
-    before = {layer.name: layer.attn.processor for layer in find_layers(model)}
+    before = {layer.name: layer.processor for layer in find_layers(model)}
     keys, attributes = list(model.state_dict()), {n: set(vars(m)) for n, m in model.named_modules()}
     linear_only = all(is_linear(layer) for layer in find_layers(model) if layer.family)
     diffattn.patch(model, None if linear_only else diffattn.SoftmaxAttention())
     assert list(model.state_dict()) == keys  # cores without weights add none
     diffattn.unpatch(model)
-    assert {layer.name: layer.attn.processor for layer in find_layers(model)} == before
+    assert {layer.name: layer.processor for layer in find_layers(model)} == before
     assert list(model.state_dict()) == keys
     assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
     with torch.no_grad(), tiny.reference():

@@ -76,6 +76,36 @@ def sana_inputs(rand):
     )
 
 
+SANA_WM = dict(
+    in_channels=4,
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=2,
+    linear_head_dim=16,
+    chunk_plucker_channels=4,
+    image_size=16,
+    caption_channels=16,
+    mlp_ratio=2.0,
+)
+
+
+def sana_wm_inputs(rand):
+    """Of a camera, poses to world coordinates, row by row, then focal lengths and center on a picture of 4 x 4."""
+    angle = 0.3 * rand(2, 3)
+    poses = torch.eye(4).repeat(2, 3, 1, 1)
+    poses[..., 0, 0] = poses[..., 2, 2] = angle.cos()
+    poses[..., 0, 2], poses[..., 2, 0] = angle.sin(), -angle.sin()
+    poses[..., :3, 3] = 0.3 * rand(2, 3, 3)
+    lens = torch.tensor([4.0, 4.0, 2.0, 2.0]).expand(2, 3, 4)
+    return dict(
+        hidden_states=rand(2, 4, 3, 4, 4),
+        timestep=torch.tensor([[[3.0] * 3], [[500.0] * 3]]),
+        encoder_hidden_states=rand(2, 1, 7, 16),
+        encoder_attention_mask=text_mask(7)[:, None, None],
+        camera_conditions=torch.cat((poses.flatten(2), lens), -1),
+    )
+
+
 def without_bfloat16():
     """Kandinsky 5 rounds rotated queries and keys to bfloat16 in float32 models too. Here it does not."""
     from diffusers.models.transformers import transformer_kandinsky
@@ -287,26 +317,13 @@ VIDEO_STREAM = [
         fused="*attn1",
         padded=("encoder_hidden_states", "encoder_attention_mask"),
     ),
+    TinyModel("SanaWMTransformer3DModel", SANA_WM, sana_wm_inputs, fused="*.attn.*"),
+    # all of them, since what comes before a rounding to bfloat16 in float32 models is not compared to 1e-5
     TinyModel(
         "SanaWMTransformer3DModel",
-        dict(
-            in_channels=4,
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=2,
-            softmax_every_n=2,
-            linear_head_dim=16,
-            chunk_plucker_channels=4,
-            image_size=16,
-            caption_channels=16,
-            mlp_ratio=2.0,
-        ),
-        lambda rand: dict(
-            hidden_states=rand(2, 4, 3, 4, 4),
-            timestep=torch.tensor([[[3.0] * 3], [[500.0] * 3]]),
-            encoder_hidden_states=rand(2, 1, 7, 16),
-            encoder_attention_mask=text_mask(7)[:, None, None],
-        ),
+        dict(SANA_WM, softmax_every_n=1),
+        sana_wm_inputs,
+        name="SanaWMTransformer3DModel-softmax",
     ),
     TinyModel(
         "TransformerTemporalModel",

@@ -45,7 +45,8 @@ def test_signature_names_what_stock_names(processor, stock_classes):
     there = {name for name in processor.replaces if name in stock_classes}
     assert there == set(processor.replaces) or OLD
     for name in there:
-        theirs = inspect.signature(stock_classes[name].__call__).parameters
+        stock = stock_classes[name]
+        theirs = inspect.signature(stock.forward if processor.is_module else stock.__call__).parameters
         names = [n for n, p in theirs.items() if n != "self" and p.kind is p.POSITIONAL_OR_KEYWORD]
         assert list(ours)[: len(names)] == names
 

@@ -1,0 +1,153 @@
+"""SANA-WM's gated delta rule over frames. Its attention modules hold no processor: these stand in their place."""
+
+import torch
+from torch import Tensor
+
+from diffattn.cores import AttentionCore, FrameDeltaRule, Rotary, apply_rotary
+from diffattn.processors.base import CoreAttnProcessor
+from diffattn.processors.rotary import from_complex
+
+
+class SanaWMDeltaRuleProcessor(CoreAttnProcessor):
+    """SANA-WM's self-attention: ReLU features, RoPE on the numerator, a delta rule in both directions of time.
+
+    Stock rounds scaled and rotated keys to the model's dtype before its float32 scan; here nothing is rounded between.
+    Its `chunk_size` cuts a loop and changes no number; `recall_gate` it ignores too.
+
+    Cores other than `FrameDeltaRule` get the queries, keys and values without the gates.
+    """
+
+    replaces = ("SanaWMBidirectionalGDNAttention",)
+    is_module = True
+
+    def __init__(self, core: AttentionCore | None = None):
+        super().__init__(FrameDeltaRule() if core is None else core)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        beta: Tensor,
+        decay: Tensor,
+        recall_gate: Tensor,
+        num_frames: int,
+        rotary_emb: Tensor | None = None,
+        token_valid_mask: Tensor | None = None,
+        beta_valid_mask: Tensor | None = None,
+        decay_valid_mask: Tensor | None = None,
+    ) -> Tensor:
+        query, key, value = (_masked(x, token_valid_mask) for x in (query, key, value))
+        rotary = _tables(rotary_emb)
+        gates = _gates(beta, decay, num_frames, query, beta_valid_mask, decay_valid_mask)
+        rotate = None if rotary is None else (rotary, rotary)
+        out = _attend(self.core, query, key, value, gates, token_valid_mask, rotate=rotate)
+        return _masked(out, token_valid_mask).flatten(2)
+
+    @classmethod
+    def exact_core(cls, attn):
+        return FrameDeltaRule(eps=attn.eps)
+
+    @classmethod
+    def heads(cls, attn):
+        return attn.heads, attn.heads
+
+    @classmethod
+    def attends_to_itself(cls, name, attn):
+        return True
+
+
+class SanaWMCameraDeltaRuleProcessor(SanaWMDeltaRuleProcessor):
+    """SANA-WM's camera attention: the same rule without its denominator, on features turned into each token's ray.
+
+    Turning is done in float32 (float64 stays) and rounded once, where stock rounds each step to the model's dtype.
+    """
+
+    replaces = ("SanaWMBidirectionalGDNCamAttention",)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        ray_transforms: tuple,
+        beta: Tensor,
+        decay: Tensor,
+        num_frames: int,
+        token_valid_mask: Tensor | None = None,
+        beta_valid_mask: Tensor | None = None,
+        decay_valid_mask: Tensor | None = None,
+    ) -> Tensor:
+        out_of_ray, of_query, into_ray, rotary_emb = ray_transforms
+        rotary = _tables(rotary_emb)
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        tokens = query.shape[1] // num_frames
+        plain_key = key.to(dtype) * (key.shape[-1] * tokens) ** -0.5
+        turned_key = _turn_within_norm(plain_key, into_ray, rotary)
+        before, after = (torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-6) for x in (plain_key, turned_key))
+        # what turning still adds to the keys of a frame is taken from its correction
+        growth = (after / before).square().unflatten(1, (num_frames, tokens)).mean(2).clamp_min(1.0)  # [B, T, H]
+
+        q = _turn_within_norm(query.to(dtype), of_query, rotary).to(value.dtype)
+        v = _turn_within_norm(value.to(dtype), into_ray, rotary).to(value.dtype)
+        q, k, v = (_masked(x, token_valid_mask) for x in (q, turned_key.to(value.dtype), v))
+        beta, kept = _gates(beta, decay, num_frames, query, beta_valid_mask, decay_valid_mask)
+        beta = (beta.unflatten(1, (num_frames, tokens)) / growth.unsqueeze(2)).flatten(1, 2)
+        out = _masked(_attend(self.core, q, k, v, (beta, kept), token_valid_mask, scale=1.0), token_valid_mask)
+        back = None if rotary is None else Rotary(rotary.cos, -rotary.sin)
+        out = _turn(out.to(dtype), out_of_ray, back).to(value.dtype)
+        return _masked(out, token_valid_mask).flatten(2)
+
+    @classmethod
+    def exact_core(cls, attn):
+        return FrameDeltaRule(normalize=False)
+
+
+def _attend(core, q, k, v, gates, valid, **options):
+    if isinstance(core, FrameDeltaRule):
+        return core(q, k, v, beta=gates[0], kept=gates[1], **options)
+    # the factor of k is the delta rule's
+    options.pop("scale", None)
+    return core(q, k, v, mask=None if valid is None else valid.bool()[:, None, None], **options)
+
+
+def _gates(beta, decay, num_frames, query, beta_mask, decay_mask) -> tuple[Tensor, Tensor]:
+    """beta (B, H, T, S) or (B, H, T) as (B, N, H), decay (B, H, T) as (B, T, H); masked frames correct and lose
+    nothing."""
+    if beta.dim() == 3:
+        beta = beta.unsqueeze(-1).expand(-1, -1, -1, query.shape[1] // num_frames)
+    if beta_mask is not None:
+        beta = beta * beta_mask.to(beta.dtype)
+    if decay_mask is not None:
+        decay_mask = decay_mask.to(decay.dtype)
+        decay = decay * decay_mask + (1.0 - decay_mask)
+    return beta.permute(0, 2, 3, 1).flatten(1, 2), decay.transpose(1, 2)
+
+
+def _masked(x: Tensor, valid: Tensor | None) -> Tensor:
+    """x (B, N, H, D), 0 where the mask (B, N) is."""
+    return x if valid is None else x * valid.to(x.dtype)[:, :, None, None]
+
+
+def _tables(freqs: Tensor | None) -> Rotary | None:
+    """Complex tables (1 or B, 1, N, R/2), or without leading ones."""
+    if freqs is not None and freqs.dim() == 4:
+        if freqs.shape[1] != 1:
+            raise ValueError(f"rotary_emb: got shape {tuple(freqs.shape)}, expected one table for all heads")
+        freqs = freqs.squeeze(1)
+    return from_complex(freqs)
+
+
+def _turn(x: Tensor, matrices: Tensor, rotary: Rotary | None) -> Tensor:
+    """Features of x (B, N, H, D) in a ray's coordinates: fours of the first half by the token's 4 x 4 matrix
+    (B, N, 4, 4), the second half by the rotation."""
+    half = x.shape[-1] // 2
+    fours = x[..., :half].unflatten(-1, (-1, 4)) @ matrices.to(x.dtype).transpose(-1, -2).unsqueeze(2)
+    return torch.cat((fours.flatten(-2), apply_rotary(x[..., half:], rotary)), -1)
+
+
+def _turn_within_norm(x: Tensor, matrices: Tensor, rotary: Rotary | None) -> Tensor:
+    """`_turn`, and no token's head gets longer by it: matrices move as well as turn."""
+    turned = _turn(x, matrices, rotary)
+    length, turned_length = (t.square().mean(-1, keepdim=True).add(1e-6).sqrt() for t in (x, turned))
+    return turned * (length / turned_length).clamp(max=1.0)
