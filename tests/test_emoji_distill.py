@@ -95,6 +95,7 @@ def test_the_scripts_distil_score_and_compare(example, tmp_path, monkeypatch, ca
     run += ["--steps", "1", "2", "--batch", "2", "--sampling-steps", "1", "--captions", "2", "--previews", "1"]
     monkeypatch.setattr(sys, "argv", ["distill.py", *run])
     script.main()
+    assert script.from_repository(script.HERE / "model") == "examples/emoji/model"
     for name in ("window", "linear"):
         folder = tmp_path / "model" / "distilled" / name
         assert {"diffattn.safetensors", "diffattn.json", "README.md", "grid.png"} <= {p.name for p in folder.iterdir()}
@@ -112,6 +113,8 @@ def test_the_scripts_distil_score_and_compare(example, tmp_path, monkeypatch, ca
     assert [(r["variant"], r["distilled"]) for r in rows] == kinds
     assert rows[0]["mse"] == 0 and all(r["ms_per_step_of_8"] > 0 for r in rows)
     assert {"quality.png", "grid-128.png"} <= {p.name for p in folder.iterdir()}
+    text = (folder / "README.md").read_text()
+    assert text.count("| 128 |") == len(rows) and f"| {rows[2]['top1']:.1%} | {rows[2]['mse']:.4f} |" in text
     before = (folder / "compare.json").stat().st_mtime_ns
     compare.main()  # nothing is measured twice
     assert (folder / "compare.json").stat().st_mtime_ns == before

@@ -22,7 +22,7 @@ from measure import GUIDANCE, STEPS, Task, difference
 from variants import VARIANTS
 
 from diffattn.distill import distill
-from diffattn.distill.card import RESULT_FILES
+from diffattn.distill.card import RESULT_FILES, card
 
 MODEL = HERE / "model"
 SEED = 1_000_000  # of the trajectories: the score draws from seeds 0 to 499
@@ -48,7 +48,7 @@ class Watch:
 
 
 def export(run: Path, folder: Path) -> None:
-    """A run's result and figures, without its checkpoint; weights in float16."""
+    """A run's result and figures, without its checkpoint: weights in float16, paths as seen from the repository."""
     from safetensors.torch import load_file, save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +58,18 @@ def export(run: Path, folder: Path) -> None:
             save_file(tensors, folder / path.name, metadata={"format": "pt"})
         elif path.exists():
             shutil.copyfile(path, folder / path.name)
+    summary = json.loads((folder / "summary.json").read_text())
+    model = summary["base_model"]
+    text = card(summary, folder, None, from_repository(folder)).replace(model, from_repository(model))
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    summary["base_model"] = from_repository(model)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def from_repository(path: str | Path) -> str:
+    """A path below the repository's root from there, any other as it is."""
+    path, root = Path(path).resolve(), HERE.parent.parent.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -58,15 +58,16 @@ def difference(pictures: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
 def structural_similarity(x: Tensor, y: Tensor) -> Tensor:
     """SSIM of (B, 3, H, W) in 0..1, (B,): Wang et al. 2004, eq. 13, an 11 x 11 Gaussian window of deviation 1.5.
 
-    Of each colour channel, averaged.
+    Of each colour channel, averaged. In float64: a variance is a small difference of two large means, which a GPU's
+    convolution of float32 in TF32 loses.
     """
+    x, y = x.double(), y.double()
     offsets = torch.arange(11, device=x.device, dtype=x.dtype) - 5
     line = torch.exp(-offsets.square() / (2 * 1.5**2))
-    window = torch.outer(line, line)
-    window = (window / window.sum()).expand(3, 1, 11, 11)
+    line = (line / line.sum()).expand(3, 1, 1, 11)
 
     def blur(image):
-        return F.conv2d(image, window, groups=3)
+        return F.conv2d(F.conv2d(image, line, groups=3), line.mT, groups=3)
 
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
