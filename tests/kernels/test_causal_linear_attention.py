@@ -252,9 +252,9 @@ def test_everything_forgotten(decay, device, triton_backend):
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=gpu)])
 def test_recurrent_kernel(dtype, decay, device, triton_backend):
-    for normalize, block in ((True, 1), (False, 3)):
+    for normalize, block, Hkv in ((True, 1, 2), (False, 3, 2), (True, 1, 4), (False, 1, 4)):
         inputs = make_inputs(
-            device, dtype, B=2, N=6, H=4, Hkv=2, D=20, E=12, block=block, decay=decay, normalize=normalize
+            device, dtype, B=2, N=6, H=4, Hkv=Hkv, D=20, E=12, block=block, decay=decay, normalize=normalize
         )
         options = dict(normalize=normalize, block=block)
         with torch.no_grad():

@@ -228,7 +228,8 @@ def causal_linear_attention_recurrent(q, k, v, decay, state, final, feature_map,
             *q.stride(), *k.stride(), *v.stride(), *((0,) * 4 if decay is None else decay.stride()),
             N // block, block, kv_heads, H // kv_heads, eps, D=D, E=E, BD=BD, BE=BE, MAP=feature_map,
             DECAY=0 if decay is None else 1 if decay.shape[3] == 1 else 2, NORM=normalize,
-            INIT=state is not None, SAVE=final is not None, num_warps=4 if BD * BE <= 8192 else 8,
+            INIT=state is not None, SAVE=final is not None, ONE=block == 1 and H == kv_heads,
+            num_warps=4 if BD * BE <= 8192 else 8,
         )  # fmt: skip
     return o
 

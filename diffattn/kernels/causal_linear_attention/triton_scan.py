@@ -50,6 +50,19 @@ def causal_linear_attention_scan_kernel(
         tl.store(p_out + i_head * SIZE + o_x, state, mask=m_x)
 
 
+@triton.jit
+def add_token(state, z, b_k, b_v):
+    return state + b_k[:, None] * b_v[None, :], z + b_k
+
+
+@triton.jit
+def write_token(p_o, offsets, mask, state, z, b_q, eps, NORM: tl.constexpr):
+    o = tl.sum(b_q[:, None] * state, 0)
+    if NORM:
+        o /= tl.sum(b_q * z, 0) + eps
+    tl.store(p_o + offsets, o.to(p_o.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["steps", "block", "n_heads", "group"])
 def causal_linear_attention_recurrent_kernel(
     p_q,
@@ -89,11 +102,12 @@ def causal_linear_attention_recurrent_kernel(
     NORM: tl.constexpr,
     INIT: tl.constexpr,
     SAVE: tl.constexpr,
+    ONE: tl.constexpr,
 ):
     """The recurrence as written, one token after the other, for one key/value head and its `group` query heads.
 
     A program owns columns of S, so p_in and p_out may be the same; with NORM it owns all of them, and z.
-    DECAY: 1 a number a step, 2 one for each key feature. `n_heads` counts key/value heads.
+    DECAY: 1 a number a step, 2 one for each key feature. ONE: block and group are 1. `n_heads` counts key/value heads.
     """
     i_b, i_h = tl.program_id(0) // n_heads, tl.program_id(0) % n_heads
     o_d = tl.arange(0, BD)
@@ -114,30 +128,37 @@ def causal_linear_attention_recurrent_kernel(
     p_v += i_b.to(tl.int64) * stride_vb + i_h.to(tl.int64) * stride_vh
     p_g += i_b.to(tl.int64) * stride_gb + i_h.to(tl.int64) * stride_gh
     for i_t in range(steps):
+        step = tl.cast(i_t, tl.int64)
+        if ONE:
+            # everything a token needs is under way before the state is waited for: a step is nothing but latency
+            row = (i_b.to(tl.int64) * steps + step) * n_heads + i_h
+            b_k = map_elements(tl.load(p_k + step * stride_kn + o_d * stride_kd, mask=m_d, other=PAD), MAP)
+            b_v = tl.load(p_v + step * stride_vn + o_e * stride_vd, mask=m_e, other=0.0).to(tl.float32)
+            b_q = tl.load(p_q + step * stride_qn + i_h.to(tl.int64) * stride_qh + o_d * stride_qd, mask=m_d, other=PAD)
+            b_q = map_elements(b_q, MAP)
         if DECAY == 1:
-            kept = tl.exp(limit_decay(tl.load(p_g + tl.cast(i_t, tl.int64) * stride_gn)))
+            kept = tl.exp(limit_decay(tl.load(p_g + step * stride_gn)))
             state, z = state * kept, z * kept
         if DECAY == 2:
-            b_g = tl.load(p_g + tl.cast(i_t, tl.int64) * stride_gn + o_d * stride_gd, mask=m_d, other=0.0)
+            b_g = tl.load(p_g + step * stride_gn + o_d * stride_gd, mask=m_d, other=0.0)
             kept = tl.exp(limit_decay(b_g))
             state, z = state * kept[:, None], z * kept
-        for i_m in range(block):
-            token = tl.cast(i_t, tl.int64) * block + i_m
-            b_k = map_elements(tl.load(p_k + token * stride_kn + o_d * stride_kd, mask=m_d, other=PAD), MAP)
-            b_v = tl.load(p_v + token * stride_vn + o_e * stride_vd, mask=m_e, other=0.0).to(tl.float32)
-            state += b_k[:, None] * b_v[None, :]
-            z += b_k
-        for i_m in range(block):
-            token = tl.cast(i_t, tl.int64) * block + i_m
-            for i_g in range(group):
-                head = (i_h * group + i_g).to(tl.int64)
-                b_q = tl.load(p_q + token * stride_qn + head * stride_qh + o_d * stride_qd, mask=m_d, other=PAD)
-                b_q = map_elements(b_q, MAP)
-                o = tl.sum(b_q[:, None] * state, 0)
-                if NORM:
-                    o /= tl.sum(b_q * z, 0) + eps
-                row = ((i_b.to(tl.int64) * steps * block + token) * n_heads * group + head) * E
-                tl.store(p_o + row + o_e, o.to(p_o.dtype.element_ty), mask=m_e)
+        if ONE:
+            state, z = add_token(state, z, b_k, b_v)
+            write_token(p_o, row * E + o_e, m_e, state, z, b_q, eps, NORM)
+        else:
+            for i_m in range(block):
+                token = step * block + i_m
+                b_k = map_elements(tl.load(p_k + token * stride_kn + o_d * stride_kd, mask=m_d, other=PAD), MAP)
+                b_v = tl.load(p_v + token * stride_vn + o_e * stride_vd, mask=m_e, other=0.0).to(tl.float32)
+                state, z = add_token(state, z, b_k, b_v)
+            for i_m in range(block):
+                token = step * block + i_m
+                for i_g in range(group):
+                    head = (i_h * group + i_g).to(tl.int64)
+                    b_q = tl.load(p_q + token * stride_qn + head * stride_qh + o_d * stride_qd, mask=m_d, other=PAD)
+                    row = (i_b.to(tl.int64) * steps * block + token) * n_heads * group + head
+                    write_token(p_o, row * E + o_e, m_e, state, z, map_elements(b_q, MAP), eps, NORM)
     if SAVE:
         tl.store(p_out + r_state, state, mask=m_s)
         if NORM:
