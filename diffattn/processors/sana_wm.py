@@ -142,8 +142,8 @@ def _turn(x: Tensor, matrices: Tensor, rotary: Rotary | None) -> Tensor:
     """Features of x (B, N, H, D) in a ray's coordinates: fours of the first half by the token's 4 x 4 matrix
     (B, N, 4, 4), the second half by the rotation."""
     half = x.shape[-1] // 2
-    fours = x[..., :half].unflatten(-1, (-1, 4)) @ matrices.to(x.dtype).transpose(-1, -2).unsqueeze(2)
-    return torch.cat((fours.flatten(-2), apply_rotary(x[..., half:], rotary)), -1)
+    fours = x[..., :half].reshape(*x.shape[:2], -1, 4) @ matrices.to(x.dtype).transpose(-1, -2)
+    return torch.cat((fours.view(*x.shape[:3], half), apply_rotary(x[..., half:], rotary)), -1)
 
 
 def _turn_within_norm(x: Tensor, matrices: Tensor, rotary: Rotary | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Compile kernels for a GPU that is not there: what Triton's interpreter runs, its compiler may refuse.
 
-python tests/kernels/compile_for_gpu.py linear|gqa|causal|block_sparse [90|89]       without TRITON_INTERPRET
+python tests/kernels/compile_for_gpu.py FAMILY [90|89], without TRITON_INTERPRET; the families are at the end
 
 90: Hopper. 89: Ada, whose shared memory is small, only what needs most of it. Prints a line a kernel; exits with 1 if
 one does not compile, or needs more shared memory than the GPU has.
@@ -165,6 +165,28 @@ def block_sparse() -> None:
             backward.block_sparse_sum_bwd(out, total, q, k, v, blocks, 0.1)
 
 
+def frame_delta_rule() -> None:
+    launchers = stand_in("frame_delta_rule.triton")
+    for D, E, dtype, normalize, rotated, T in (
+        (112, 112, torch.bfloat16, True, True, 21),
+        (112, 112, torch.bfloat16, False, False, 21),
+        (112, 112, torch.float32, True, True, 21),
+        (40, 24, torch.float16, True, False, 3),
+        # The compiler takes a length of 1 for a constant.
+        (64, 64, torch.bfloat16, True, True, 1),
+    ):
+        N = 880 * T
+        q, k, v = (meta(2, N, 4, d, dtype=dtype) for d in (D, D, E))
+        angles = meta(N, D // 2, dtype=torch.float32) if rotated else None
+        launchers.frame_delta_rule_fwd(q, k, v, meta(2, N, 4), meta(2, T, 4), angles, angles, normalize, 0.1, 1e-8)
+
+
 if __name__ == "__main__":
-    {"linear": linear, "gqa": gqa, "causal": causal, "block_sparse": block_sparse}[sys.argv[1]]()
+    {
+        "linear": linear,
+        "gqa": gqa,
+        "causal": causal,
+        "block_sparse": block_sparse,
+        "frame_delta_rule": frame_delta_rule,
+    }[sys.argv[1]]()
     sys.exit(1 if failures else 0)

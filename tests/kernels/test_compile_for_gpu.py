@@ -12,7 +12,16 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     "family, arch",
-    [("linear", 90), ("gqa", 90), ("causal", 90), ("block_sparse", 90), ("linear", 89), ("gqa", 89)],
+    [
+        ("linear", 90),
+        ("gqa", 90),
+        ("causal", 90),
+        ("block_sparse", 90),
+        ("frame_delta_rule", 90),
+        ("linear", 89),
+        ("gqa", 89),
+        ("frame_delta_rule", 89),
+    ],
     ids=str,
 )
 def test_kernels_compile_and_fit(family, arch, tmp_path):

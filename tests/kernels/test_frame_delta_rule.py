@@ -82,7 +82,7 @@ def run(f, inputs, grad, **options):
 
 
 def check(inputs, rotary, **options):
-    """Output and every gradient against the recurrence in float64."""
+    """Output with gradients, all of those, and output without, against the recurrence in float64."""
     q, _, v, *_ = inputs
     grad = torch.randn(*q.shape[:3], v.shape[3], device=q.device).to(q.dtype)
     doubles = [x.double() for x in inputs]
@@ -159,7 +159,59 @@ def test_float32(shape, normalize, device):
     check(*make_inputs(device, **shape), normalize=normalize, eps=1e-4)
 
 
-def test_strides_and_dtypes_of_gates(device):
+gpu = pytest.mark.gpu
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu)]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("tables", [None, "one", "each"])
+@pytest.mark.parametrize("shape", [*SHAPES, dict(B=1, H=1, D=72, E=128, T=2, S=70)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels(dtype, shape, tables, normalize, device, triton_backend):
+    inputs, rotary = make_inputs(device, dtype, tables=tables, **shape)
+    options = dict(normalize=normalize, eps=1e-4)
+    o = frame_delta_rule(*inputs, rotary=rotary, **options)
+    tables = None if rotary is None else tuple(t.double() for t in rotary)
+    expected = written_out(*(x.double() for x in inputs), rotary=tables, **options)
+    assert o.dtype == dtype and o.is_contiguous() and o.isfinite().all()
+    error = (o.double() - expected).norm() / expected.norm()
+    assert error <= BUDGET[dtype], f"relative error {error:.2e}"
+
+
+@gpu
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kernels_at_the_size_of_the_model(dtype, normalize, device, triton_backend):
+    """161 frames of 704 x 1280: 21 latent frames of 880 tokens, 20 heads of 112."""
+    inputs, rotary = make_inputs(device, dtype, B=2, T=21, S=880, H=20, D=112)
+    o = frame_delta_rule(*inputs, rotary=rotary, normalize=normalize, eps=1e-8)
+    for i in range(2):  # in float64 a sample at a time
+        one = [x[i : i + 1].double() for x in inputs]
+        expected = frame_delta_rule(*one, rotary=rotary, normalize=normalize, eps=1e-8)
+        error = (o[i : i + 1].double() - expected).norm() / expected.norm()
+        assert error <= BUDGET[dtype], f"relative error {error:.2e}"
+
+
+def test_opcheck(device, triton_backend):
+    (q, k, v, beta, kept), rotary = make_inputs(device, torch.float16, B=1, T=2, H=1)
+    op = torch.ops.diffattn.frame_delta_rule.default
+    checks = ("test_schema", "test_faketensor")
+    for tables in ((None, None), rotary):
+        torch.library.opcheck(op, (q, k, v, beta, kept, *tables, True, 0.1, 1e-6), test_utils=checks)
+
+
+def test_wide_heads_and_float64_take_plain_torch(device):
+    for dtype, D in ((torch.float64, 8), (torch.float32, 130)):
+        inputs, _ = make_inputs(device, dtype, B=1, T=2, H=1, D=D, tables=None)
+        expected = written_out(*(x.double() for x in inputs))
+        o = frame_delta_rule(*inputs)
+        assert (o.double() - expected).norm() <= BUDGET[torch.float32] * expected.norm()
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_strides_and_dtypes_of_gates(kernels, device, request):
+    if kernels:
+        request.getfixturevalue("triton_backend")
     (q, k, v, beta, kept), rotary = make_inputs(device)
     expected = frame_delta_rule(q, k, v, beta.half().float(), kept, rotary=rotary)
     apart = torch.stack((q, k, v), 2).unbind(2)
@@ -169,8 +221,11 @@ def test_strides_and_dtypes_of_gates(device):
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_tokens_without_correction_change_nothing(device):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_tokens_without_correction_change_nothing(kernels, device, request):
     """beta 0 hides keys and values, kept 1 the frame: the others' outputs are those of a shorter video."""
+    if kernels:
+        request.getfixturevalue("triton_backend")
     (q, k, v, beta, kept), rotary = make_inputs(device, T=5)
     hidden = slice(12, 18)  # the third of five frames of six tokens
     beta[:, hidden], kept[:, 2] = 0, 1
@@ -185,8 +240,11 @@ def test_tokens_without_correction_change_nothing(device):
     assert (longer - shorter).norm() <= 1e-5 * shorter.norm()
 
 
-def test_dead_queries_give_zero(device):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_dead_queries_give_zero(kernels, device, request):
     """relu(q) may be 0 for a whole head: 0 / eps."""
+    if kernels:
+        request.getfixturevalue("triton_backend")
     (q, k, v, beta, kept), rotary = make_inputs(device)
     q[:, 3] = 0
     out = frame_delta_rule(q, k, v, beta, kept, rotary=rotary)

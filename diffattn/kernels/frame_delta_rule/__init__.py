@@ -3,13 +3,19 @@
 import math
 import numbers
 
+import torch
 from torch import Tensor
 
+from diffattn.kernels._backend import use_triton
 from diffattn.kernels._checks import check_qkv, shape_of
+from diffattn.kernels.frame_delta_rule import ops as ops  # registers the operator
 from diffattn.kernels.frame_delta_rule.reference import frame_delta_rule_reference
 from diffattn.kernels.linear_attention import _check_rotary
 
 __all__ = ["frame_delta_rule", "frame_delta_rule_reference"]
+
+# Wider heads take plain torch: their products do not fit the kernels' registers.
+MAX_HEAD_DIM = 128
 
 
 def frame_delta_rule(
@@ -47,10 +53,19 @@ def frame_delta_rule(
         normalize: divide by the denominator.
         scale: what k is multiplied by; None is (D S)^-0.5.
         eps: added to the denominator.
-    Returns: (B, N, H, E) in the dtype of q. States, sums and the division are float32 (float64 for float64).
+    Where a gradient is wanted it is plain torch's, on a GPU too; the Triton kernels are for inference.
+
+    Returns: (B, N, H, E) in the dtype of q, contiguous where Triton runs. States, sums and the division are float32
+        (float64 for float64).
     Raises: TypeError or ValueError, naming the argument, what came and what would fit.
     """
     rotary, scale = check_inputs(q, k, v, beta, kept, rotary, scale, eps)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, beta, kept))
+    if not grad and max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM and use_triton(q):
+        cos, sin = (None, None) if rotary is None else rotary
+        return torch.ops.diffattn.frame_delta_rule(
+            q, k, v, beta, kept, cos, sin, bool(normalize), float(scale), float(eps)
+        )
     return frame_delta_rule_reference(
         q, k, v, beta, kept, rotary=rotary, normalize=normalize, scale=scale, eps=float(eps)
     )

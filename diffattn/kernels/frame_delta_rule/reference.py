@@ -29,7 +29,7 @@ def frame_delta_rule_reference(
     def frames(x):
         return x.to(dtype).unflatten(1, (T, N // T)).permute(0, 3, 1, 2, 4)  # [B, H, T, S, D], no copy
 
-    k = k.to(dtype) * scale
+    given, q, k = q.dtype, q.to(dtype), k.to(dtype) * scale  # nothing is rounded on the way
     rotary = None if rotary is None else Rotary(*rotary)
     turned_q, turned_k = frames(apply_rotary(q, rotary)), frames(apply_rotary(k, rotary))
     b_beta = frames(beta.unsqueeze(-1))
@@ -45,7 +45,7 @@ def frame_delta_rule_reference(
         weighted = weighted if rotary is None else plain_k * b_beta
         normalizers = both_ways(transitions(plain_k, weighted, b_kept), weighted.sum(-2, keepdim=True))
         o = o / (frames(q) @ normalizers.transpose(-1, -2) + eps)
-    return o.permute(0, 2, 3, 1, 4).flatten(1, 2).to(q.dtype)
+    return o.permute(0, 2, 3, 1, 4).flatten(1, 2).to(given)
 
 
 def transitions(k: Tensor, weighted: Tensor, kept: Tensor) -> Tensor:
@@ -59,10 +59,11 @@ def both_ways(W: Tensor, U: Tensor) -> Tensor:
 
     W (..., T, D, D), U (..., T, E, D).
     """
-    W, U = W.unbind(-3), U.unbind(-3)
+    shape = U.shape
+    W, U = (x.flatten(0, -4).unbind(1) for x in (W, U))  # [B H, D or E, D] each
     forward, backward = [U[0]], [torch.zeros_like(U[0])]
     for w, u in zip(W[1:], U[1:], strict=True):
-        forward.append(forward[-1] @ w + u)
+        forward.append(torch.baddbmm(u, forward[-1], w))
     for w, u in zip(W[:0:-1], U[:0:-1], strict=True):
-        backward.append(backward[-1] @ w + u)
-    return torch.stack([s + r for s, r in zip(forward, reversed(backward), strict=True)], -3)
+        backward.append(torch.baddbmm(u, backward[-1], w))
+    return torch.stack([s + r for s, r in zip(forward, reversed(backward), strict=True)], 1).view(shape)
