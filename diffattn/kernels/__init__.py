@@ -16,6 +16,7 @@ from diffattn.kernels.frame_delta_rule import frame_delta_rule
 from diffattn.kernels.gqa_attention import gqa_attention
 from diffattn.kernels.linear_attention import linear_attention
 from diffattn.kernels.qk_norm_rope import Rotary, apply_rotary, qk_norm_rope
+from diffattn.kernels.ray_encoding import ray_encoding
 
 __all__ = [
     "LinearState",
@@ -30,5 +31,6 @@ __all__ = [
     "linear_attention",
     "linear_attention_outside",
     "qk_norm_rope",
+    "ray_encoding",
     "window_attention",
 ]

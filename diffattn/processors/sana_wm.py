@@ -1,9 +1,9 @@
 """SANA-WM's gated delta rule over frames. Its attention modules hold no processor: these stand in their place."""
 
-import torch
 from torch import Tensor
 
-from diffattn.cores import AttentionCore, FrameDeltaRule, Rotary, apply_rotary
+from diffattn.cores import AttentionCore, FrameDeltaRule, Rotary
+from diffattn.kernels import ray_encoding
 from diffattn.processors.base import CoreAttnProcessor
 from diffattn.processors.rotary import from_complex
 
@@ -60,7 +60,8 @@ class SanaWMDeltaRuleProcessor(CoreAttnProcessor):
 class SanaWMCameraDeltaRuleProcessor(SanaWMDeltaRuleProcessor):
     """SANA-WM's camera attention: the same rule without its denominator, on features turned into each token's ray.
 
-    Turning is done in float32 (float64 stays) and rounded once, where stock rounds each step to the model's dtype.
+    Turning is done in float32 (float64 stays) and rounded once, where stock rounds each step to the model's dtype; an
+    inference in eager mode on a GPU does it in one pass.
     """
 
     replaces = ("SanaWMBidirectionalGDNCamAttention",)
@@ -80,22 +81,20 @@ class SanaWMCameraDeltaRuleProcessor(SanaWMDeltaRuleProcessor):
     ) -> Tensor:
         out_of_ray, of_query, into_ray, rotary_emb = ray_transforms
         rotary = _tables(rotary_emb)
-        dtype = torch.promote_types(value.dtype, torch.float32)
+        tables = None if rotary is None else (rotary.cos, rotary.sin)
+        back = None if rotary is None else (rotary.cos, -rotary.sin)
         tokens = query.shape[1] // num_frames
-        plain_key = key.to(dtype) * (key.shape[-1] * tokens) ** -0.5
-        turned_key = _turn_within_norm(plain_key, into_ray, rotary)
-        before, after = (torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-6) for x in (plain_key, turned_key))
-        # what turning still adds to the keys of a frame is taken from its correction
-        growth = (after / before).square().unflatten(1, (num_frames, tokens)).mean(2).clamp_min(1.0)  # [B, T, H]
-
-        q = _turn_within_norm(query.to(dtype), of_query, rotary).to(value.dtype)
-        v = _turn_within_norm(value.to(dtype), into_ray, rotary).to(value.dtype)
-        q, k, v = (_masked(x, token_valid_mask) for x in (q, turned_key.to(value.dtype), v))
+        scale = (key.shape[-1] * tokens) ** -0.5
+        q, _ = ray_encoding(query, of_query, tables, limit=True)
+        k, growth = ray_encoding(key, into_ray, tables, scale=scale, limit=True)
+        v, _ = ray_encoding(value, into_ray, tables, limit=True)
+        q, k, v = (_masked(x, token_valid_mask) for x in (q, k, v))
         beta, kept = _gates(beta, decay, num_frames, query, beta_valid_mask, decay_valid_mask)
-        beta = (beta.unflatten(1, (num_frames, tokens)) / growth.unsqueeze(2)).flatten(1, 2)
+        # what turning adds to the keys of a frame, for all the limit, is taken from its correction
+        growth = growth.unflatten(1, (num_frames, tokens)).mean(2, keepdim=True).clamp_min(1.0)  # [B, T, 1, H]
+        beta = (beta.unflatten(1, (num_frames, tokens)) / growth).flatten(1, 2)
         out = _masked(_attend(self.core, q, k, v, (beta, kept), token_valid_mask, scale=1.0), token_valid_mask)
-        back = None if rotary is None else Rotary(rotary.cos, -rotary.sin)
-        out = _turn(out.to(dtype), out_of_ray, back).to(value.dtype)
+        out, _ = ray_encoding(out, out_of_ray, back)
         return _masked(out, token_valid_mask).flatten(2)
 
     @classmethod
@@ -136,18 +135,3 @@ def _tables(freqs: Tensor | None) -> Rotary | None:
             raise ValueError(f"rotary_emb: got shape {tuple(freqs.shape)}, expected one table for all heads")
         freqs = freqs.squeeze(1)
     return from_complex(freqs)
-
-
-def _turn(x: Tensor, matrices: Tensor, rotary: Rotary | None) -> Tensor:
-    """Features of x (B, N, H, D) in a ray's coordinates: fours of the first half by the token's 4 x 4 matrix
-    (B, N, 4, 4), the second half by the rotation."""
-    half = x.shape[-1] // 2
-    fours = x[..., :half].reshape(*x.shape[:2], -1, 4) @ matrices.to(x.dtype).transpose(-1, -2)
-    return torch.cat((fours.view(*x.shape[:3], half), apply_rotary(x[..., half:], rotary)), -1)
-
-
-def _turn_within_norm(x: Tensor, matrices: Tensor, rotary: Rotary | None) -> Tensor:
-    """`_turn`, and no token's head gets longer by it: matrices move as well as turn."""
-    turned = _turn(x, matrices, rotary)
-    length, turned_length = (t.square().mean(-1, keepdim=True).add(1e-6).sqrt() for t in (x, turned))
-    return turned * (length / turned_length).clamp(max=1.0)

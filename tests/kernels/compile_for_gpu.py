@@ -179,6 +179,10 @@ def frame_delta_rule() -> None:
         q, k, v = (meta(2, N, 4, d, dtype=dtype) for d in (D, D, E))
         angles = meta(N, D // 2, dtype=torch.float32) if rotated else None
         launchers.frame_delta_rule_fwd(q, k, v, meta(2, N, 4), meta(2, T, 4), angles, angles, normalize, 0.1, 1e-8)
+    rays = stand_in("ray_encoding.triton")
+    angles = meta(880, 28, dtype=torch.float32)
+    for heads, limit in ((20, True), (1, False)):
+        rays.ray_encoding_fwd(meta(2, 880, heads, 112), meta(2, 880, 4, 4), angles, angles, 0.1, limit)
 
 
 if __name__ == "__main__":
