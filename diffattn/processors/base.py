@@ -215,9 +215,19 @@ def norm_and_rotate(core: AttentionCore, q: Tensor, k: Tensor, norms, rotate=Non
         all_heads: the norms run over all heads of a token at once.
     Returns: q, k and what is left of `rotate` for the core: None, or all of it.
     """
+    rotate = along(rotate, q)
     if not core.rotates_first:
         return *normalize(q, k, norms, all_heads=all_heads), rotate
     return *normalize(q, k, norms, rotate, all_heads=all_heads), None
+
+
+def along(rotate, q: Tensor):
+    """`rotate` on the device of q: pipelines and models that make tables on the CPU leave it to the layers, as Stable
+    Audio's and CogView 4 do."""
+    if rotate is None or all(r is None or r.cos.device == q.device for r in rotate):
+        return rotate
+    of_q, of_k = (r if r is None else r._replace(cos=r.cos.to(q.device), sin=r.sin.to(q.device)) for r in rotate)
+    return of_q, of_q if rotate[1] is rotate[0] else of_k
 
 
 def normalize(q: Tensor, k: Tensor, norms, rotate=None, *, all_heads: bool = False) -> tuple[Tensor, Tensor]:

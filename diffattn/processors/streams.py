@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from diffattn.cores import AttentionCore, Rotary
 from diffattn.processors.base import (
     CoreAttnProcessor,
+    along,
     calls_fused,
     norm_and_rotate,
     normalize,
@@ -84,7 +85,7 @@ def left(core: AttentionCore, *streams: Stream) -> dict:
     if core.rotates_first:
         return {}
     rotary = join([stream.rotary for stream in streams], [stream.q.shape[1] for stream in streams])
-    return {} if rotary is None else {"rotate": (rotary, rotary)}
+    return {} if rotary is None else {"rotate": along((rotary, rotary), streams[0].q)}
 
 
 def norms_of(attn: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:

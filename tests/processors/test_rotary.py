@@ -3,9 +3,14 @@
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from diffattn.cores import LinearAttention, Rotary, SoftmaxAttention, apply_rotary
+from diffattn.cores import AttentionCore, LinearAttention, Rotary, SoftmaxAttention, apply_rotary
+from diffattn.layers import find_layers
 from diffattn.processors import rotary
+from tests.models import BY_NAME
+from tests.models.base import Rand
 
 B, N, H, D = 2, 5, 3, 8
 
@@ -89,3 +94,65 @@ def test_tables_of_unsplit_heads():
     tables = (angles.cos(), angles.sin())
     stock = of_ltx(X.flatten(2), tables).unflatten(-1, (H, D))
     torch.testing.assert_close(rotary.heads_of(tables, H).rotate(X), stock)
+
+
+# Models and pipelines that make their tables on the CPU, wherever the model is.
+
+
+class OneDevice(TorchDispatchMode):
+    """The meta device computes with tensors of the CPU where no GPU would: refuse that."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
+        devices = {t.device.type for t in tensors}
+        assert len(devices) < 2 or "copy" in str(func) or "index" in str(func), f"{func} on {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+class Looks(AttentionCore):
+    """Computes nothing; rotates, by itself or before it."""
+
+    def __init__(self, rotates_first):
+        super().__init__()
+        self.rotates_first = rotates_first
+        self.rotations = 0
+
+    def forward(self, q, k, v, *, mask=None, scale=None, rotate=None):
+        if rotate is not None:
+            assert all(t.device == q.device for r in rotate if r is not None for t in r[:2])
+            self.rotations += 1
+        return q.new_empty((*q.shape[:3], v.shape[3]))
+
+    def config(self):
+        return {}
+
+
+def to_meta(x):
+    return x.to("meta") if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("rotates_first", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CogView4Transformer2DModel",
+        "EasyAnimateTransformer3DModel",
+        "JoyImageEditTransformer3DModel",
+        "StableAudioDiTModel",
+    ],
+)
+def test_tables_of_the_cpu_come_along(name, rotates_first):
+    """With the model on another device: the meta device, which every machine has."""
+    tiny = BY_NAME[name]
+    model = torch.nn.Module.to(tiny.model(), "meta")
+    inputs = tiny.inputs(Rand(torch.Generator().manual_seed(0)))
+    table = inputs.get("rotary_embedding")  # Stable Audio's pipeline makes it
+    inputs = tree_map(to_meta, inputs)
+    if table is not None:
+        inputs["rotary_embedding"] = table
+    core = Looks(rotates_first)
+    for layer in find_layers(model):
+        layer.install(layer.family(core))
+    with OneDevice(), torch.no_grad():
+        model(**inputs)
+    assert bool(core.rotations) == (not rotates_first)
