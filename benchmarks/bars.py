@@ -92,6 +92,14 @@ def kernel_bars(rows: Rows) -> Iterator[tuple[str, str, float, list[tuple[float,
         *("most", 1.0),
         [*ratios(rows, "fla-training", "ours", "fla-core, last causal state")],
     )
+    chunkwise = [f"fla-core, {name}" for name in ("chunk_linear_attn", "chunk_retention", "chunk_simple_gla")]
+    yield "causal forward over fla-core", "most", 1.3, [*ratios(rows, "causal", "ours", chunkwise)]
+    yield (
+        "causal forward, both directions over one",
+        *("most", 1.8),
+        [*ratios(rows, "causal", "ours, both directions", "ours")],
+    )
+    yield "causal step: times the floor", "most", 1.5, [*field(rows, "causal-step", "ours", "of_floor")]
     yield "gqa_attention over torch's best kernel", "most", 1.03, [*ratios(rows, "softmax", "ours", SDPA)]
     long = lambda s: s["D"] in (64, 128) and s["N"] >= 4096  # noqa: E731
     yield (

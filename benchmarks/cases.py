@@ -80,6 +80,36 @@ class NormRope:
         return self.B * self.N * (self.H + self.Hkv) * self.D
 
 
+@dataclass(frozen=True)
+class Causal:
+    """Causal linear attention, q, k, v (B, N, H, D).
+
+    Attributes:
+        decay: `"head"`, a constant a head as retention's; `"token"`, one a token and head; `"channel"`, one a token
+            and channel; or None.
+        normalize: relu on q and k, and a denominator.
+        train: forward and backward as well.
+    """
+
+    name: str
+    B: int
+    N: int
+    H: int
+    D: int
+    decay: str | None = None
+    normalize: bool = False
+    train: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Of q, k, v or the output."""
+        return self.B * self.N * self.H * self.D
+
+    @property
+    def decays(self) -> int:
+        return {None: 0, "head": self.H, "token": self.elements // self.D, "channel": self.elements}[self.decay]
+
+
 LINEAR = [
     Linear("Sana 1024px", 2, 1024, 70, 32, every_peer=True, train=True, graph=True),
     Linear("Sana 4096px", 2, 16384, 70, 32, every_peer=True, train=True),
@@ -123,4 +153,29 @@ NORM_ROPE = [
     NormRope("32760 tokens, norm across heads", 1, 32760, 12, 12, 128, norm="across", rotary="interleaved"),
     NormRope("SANA-Video, norm alone", 2, 32760, 20, 20, 112, norm="across"),
     NormRope("Stable Audio", 2, 1025, 24, 24, 64, norm=None, rotary="half", rotated=32),
+]
+
+
+def causal(name: str, *shape: int, train: bool = False, channel: bool = False) -> list[Causal]:
+    """A shape with each kind of decay."""
+    return [
+        Causal(f"{name}, no decay", *shape, train=train),
+        Causal(f"{name}, normalized", *shape, normalize=True, train=train),
+        Causal(f"{name}, retention", *shape, "head", train=train),
+        Causal(f"{name}, decay a token", *shape, "token", train=train),
+    ] + channel * [Causal(f"{name}, decay a channel", *shape, "channel", train=train and shape[1] < 65536)]
+
+
+CAUSAL = [
+    *causal("SDXL 4096px", 2, 65536, 10, 64, train=True, channel=True),
+    *causal("SDXL 4096px, 128 x 128, batch 8", 8, 16384, 20, 64),
+    # sequence models
+    *causal("4096 tokens", 8, 4096, 16, 128, train=True, channel=True),
+    *causal("2048 tokens", 4, 2048, 32, 64),
+]
+
+# A token of 16 sequences, at each of 64 layers.
+CAUSAL_STEP = [
+    Causal("64 layers, retention", 16, 1, 16, 64, "head"),
+    Causal("64 layers, decay a token", 16, 1, 16, 64, "token"),
 ]

@@ -5,9 +5,10 @@
 Writes kernels.json to results/<gpu>: one row a section and case, with the median, p20 and p80 of every candidate, its
 error, memory and share of the ceilings measured in the same run. A candidate that cannot run is an entry with its
 reason; what would start after --seconds is left out, and listed. --only takes globs over "section/case", such as
-"softmax/*"; sections: linear, softmax, norm-rope, training, graph, fla, fla-training. The last two are slow to start
-(fla-core searches its configurations at first call), so they come last; give them a run of their own with
---only "fla*" --name kernels_fla --seconds 500.
+"softmax/*"; sections: linear, softmax, norm-rope, training, graph, fla, fla-training, causal-step, causal,
+causal-training. The last five are slow to start (fla-core searches its configurations at first call), so they come
+last; give them runs of their own with --only "fla*" --name kernels_fla --seconds 500, and
+--only "causal*" --name kernels_causal --seconds 500.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import cases
 import torch
 from candidates import Candidate
 from report import environment, results_folder, write_json
+from sections_causal import CausalSection, CausalStepSection, CausalTrainingSection
 from sections_linear import FlaSection, FlaTrainingSection, GraphSection, LinearSection, TrainingSection
 from sections_softmax import NormRopeSection, SoftmaxSection
 from timing import Deadline, ceilings, chosen, digits, interleave, peak_bytes, reason
@@ -37,6 +39,9 @@ def sections() -> Iterator[tuple[str, object, list]]:
     yield "graph", GraphSection(), [case for case in cases.LINEAR if case.graph]
     yield "fla", FlaSection(), trained
     yield "fla-training", FlaTrainingSection(), trained
+    yield "causal-step", CausalStepSection(), cases.CAUSAL_STEP
+    yield "causal", CausalSection(), cases.CAUSAL
+    yield "causal-training", CausalTrainingSection(), [case for case in cases.CAUSAL if case.train]
 
 
 def prepare(section, case, candidate: Candidate, inputs) -> tuple[dict, Callable, dict[str, Callable]]:

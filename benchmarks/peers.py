@@ -114,6 +114,41 @@ def fla_causal(q, k, v):
     return chunk_linear_attn(q.relu(), k.relu(), v, scale=1.0)[0]
 
 
+def fla_linear(q, k, v):
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    return chunk_linear_attn(q, k, v, scale=1.0, normalize=False)[0]
+
+
+def fla_retention(q, k, v, decay):
+    """fla-core makes RetNet's decays itself: 1 - 2^(-5 - h) for head h."""
+    from fla.ops.retention import chunk_retention
+
+    return chunk_retention(q, k, v, scale=1.0)[0]
+
+
+def fla_simple_gla(q, k, v, decay):
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    return chunk_simple_gla(q, k, v, g=decay, scale=1.0)[0]
+
+
+def fla_gla(q, k, v, decay):
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(q, k, v, decay, scale=1.0)[0]
+
+
+def fla_step(q, k, v, decay, state):
+    """The state after the token is a new tensor."""
+    from fla.ops.simple_gla import fused_recurrent_simple_gla
+
+    kind = "g_gamma" if decay.dim() == 1 else "g"
+    return fused_recurrent_simple_gla(
+        q, k, v, **{kind: decay}, scale=1.0, initial_state=state, output_final_state=True
+    )
+
+
 # ---- softmax attention ----
 
 

@@ -1,5 +1,6 @@
 """What every result file says of the machine it came from."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -21,6 +22,7 @@ def environment() -> dict:
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "diffusers": diffusers.__version__,
+        "fla-core": _version("fla-core"),
         # A copy without its .git, as a build machine may have, names the commit in the variable.
         "commit": os.environ.get("GIT_COMMIT") or _first_line("git", "rev-parse", "--short", "HEAD"),
     }
@@ -36,6 +38,13 @@ def results_folder(gpu: str) -> Path:
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _first_line(*command: str) -> str | None:

@@ -51,9 +51,12 @@ class LinearSection(Section):
         wide = [x[:1, :, heads].double() for x in qkv]
         return relative(out[:1, :, heads], linear_attention_reference(*wide, **widened(options)))
 
+    def moved(self, case) -> int:
+        """Bytes that have to be read or written."""
+        return self.passes * case.elements * 2
+
     def measured(self, case, milliseconds: float, peak: int, ceiling: dict) -> dict:
-        moved = self.passes * case.elements * 2
-        rate = moved / milliseconds / 1e6
+        rate = self.moved(case) / milliseconds / 1e6
         return {
             "gb_s": digits(rate),
             "of_floor": digits(ceiling["copy_gb_s"] / rate, 3),
@@ -61,7 +64,7 @@ class LinearSection(Section):
         }
 
     def floor_ms(self, case, ceiling: dict) -> float:
-        return digits(self.passes * case.elements * 2 / ceiling["copy_gb_s"] / 1e6)
+        return digits(self.moved(case) / ceiling["copy_gb_s"] / 1e6)
 
 
 class TrainingSection(LinearSection):
