@@ -117,8 +117,8 @@ def patch(
             self-attention over image, video or audio tokens of the denoiser.
         layers: a glob, a list of globs or `f(name, attn) -> bool` over layer names as in
             `model.attn_processors` without `.processor`; in a pipeline the component's name comes first
-            (`"unet.mid_block.*"`; a glob may leave it out). Chosen layers get the core whatever they
-            attend to.
+            (`"unet.mid_block.*"`; a glob may leave it out). A module that is swapped itself goes by its own name, with
+            the module around it as `attn`. Chosen layers get the core whatever they attend to.
         weights: folder or hub id with weights of the cores, see `load_weights`. They say which layers get which
             core; `core`, if given, has to be the one they are for.
         compile: `"regional"` compiles the model's repeated blocks, `"full"` the whole model; None takes

@@ -78,7 +78,7 @@ def scanned_ones(scanned, k):
 def run(f, inputs, grad, **options):
     inputs = [x.detach().requires_grad_() for x in inputs]
     o = f(*inputs, **options)
-    return [o.detach(), *torch.autograd.grad(o, inputs, grad, materialize_grads=True)]
+    return [o.detach(), *torch.autograd.grad(o, inputs, grad)]
 
 
 def check(inputs, rotary, **options):

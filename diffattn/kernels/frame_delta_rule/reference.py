@@ -61,7 +61,9 @@ def both_ways(W: Tensor, U: Tensor) -> Tensor:
     """
     shape = U.shape
     W, U = (x.flatten(0, -4).unbind(1) for x in (W, U))  # [B H, D or E, D] each
-    forward, backward = [U[0]], [torch.zeros_like(U[0])]
+    zero = torch.zeros_like(U[0])
+    # of one frame, too, kept has a gradient, 0: parameters without any stop some training loops
+    forward, backward = [torch.baddbmm(U[0], zero, W[0])], [zero]
     for w, u in zip(W[1:], U[1:], strict=True):
         forward.append(torch.baddbmm(u, forward[-1], w))
     for w, u in zip(W[:0:-1], U[:0:-1], strict=True):
