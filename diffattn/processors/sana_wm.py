@@ -1,5 +1,6 @@
 """SANA-WM's gated delta rule over frames. Its attention modules hold no processor: these stand in their place."""
 
+import torch
 from torch import Tensor
 
 from diffattn.cores import AttentionCore, FrameDeltaRule, Rotary
@@ -103,11 +104,14 @@ class SanaWMCameraDeltaRuleProcessor(SanaWMDeltaRuleProcessor):
 
 
 def _attend(core, q, k, v, gates, valid, **options):
+    """The core's output in the dtype of v: under autocast q and k are float32, as their norms left them."""
+    given, dtype = v.dtype, torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if isinstance(core, FrameDeltaRule):
-        return core(q, k, v, beta=gates[0], kept=gates[1], **options)
+        return core(q, k, v, beta=gates[0], kept=gates[1], **options).to(given)
     # the factor of k is the delta rule's
     options.pop("scale", None)
-    return core(q, k, v, mask=None if valid is None else valid.bool()[:, None, None], **options)
+    return core(q, k, v, mask=None if valid is None else valid.bool()[:, None, None], **options).to(given)
 
 
 def _gates(beta, decay, num_frames, query, beta_mask, decay_mask) -> tuple[Tensor, Tensor]:

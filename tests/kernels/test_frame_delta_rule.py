@@ -241,6 +241,16 @@ def test_tokens_without_correction_change_nothing(kernels, device, request):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
+def test_autocast_changes_nothing(kernels, device, request):
+    if kernels:
+        request.getfixturevalue("triton_backend")
+    inputs, rotary = make_inputs(device)
+    expected = frame_delta_rule(*inputs, rotary=rotary)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(frame_delta_rule(*inputs, rotary=rotary), expected)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
 def test_dead_queries_give_zero(kernels, device, request):
     """relu(q) may be 0 for a whole head: 0 / eps."""
     if kernels:

@@ -94,6 +94,14 @@ def test_strides_and_zeros(kernels, device, request):
     assert not y[:, 2].any() and (growth[:, 2] == 1).all()
 
 
+def test_autocast_changes_nothing(device):
+    x, matrices, rotary = make_inputs(device)
+    expected = ray_encoding(x, matrices, rotary, limit=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y, growth = ray_encoding(x, matrices, rotary, limit=True)
+    assert torch.equal(y, expected[0]) and torch.equal(growth, expected[1])
+
+
 def test_opcheck(device, triton_backend):
     x, matrices, (cos, sin) = make_inputs(device)
     op, checks = torch.ops.diffattn.ray_encoding.default, ("test_schema", "test_faketensor")

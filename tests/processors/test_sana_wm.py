@@ -116,6 +116,39 @@ def test_in_bfloat16_it_errs_as_little_as_stock(camera):
 
 
 @pytest.mark.parametrize("camera", [False, True])
+def test_under_autocast_it_errs_no_more_than_stock(camera):
+    """Of projections in bfloat16, norms make queries and keys in float32 and leave values."""
+    stock, ours = stock_and_ours(camera)
+    given = cast(arguments(camera), torch.float32)
+    given["value"] = given["value"].bfloat16()
+    exact = ours(**cast(given, torch.float64))
+    if camera:  # stock joins keys and values, and stays with the wider
+        given["value"] = given["value"].float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs, actual = (module(**given) for module in (stock, ours))
+    assert error(actual.double(), exact) <= error(theirs.double(), exact)
+    if not camera:
+        assert actual.dtype == theirs.dtype == torch.bfloat16
+
+
+def test_training_under_autocast():
+    """The whole model, weights in float32: output and gradients no further from float32 than stock's."""
+    model = TINY.model()
+
+    def results(**autocast):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, **autocast):
+            out = TINY.run(model)
+        out.square().mean().backward()
+        return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    exact, theirs = results(enabled=False), results()
+    diffattn.patch(model)
+    for ours, stock, expected in zip(results(), theirs, exact, strict=True):
+        assert error(ours, expected) <= 2 * error(stock, expected)
+
+
+@pytest.mark.parametrize("camera", [False, True])
 @pytest.mark.parametrize("core", [diffattn.SoftmaxAttention(), diffattn.LinearAttention()], ids=["softmax", "linear"])
 def test_another_core_gets_no_masked_token(core, camera):
     given = cast(arguments(camera, valid=FRAMES), torch.float32)

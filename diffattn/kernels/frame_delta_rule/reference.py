@@ -23,6 +23,12 @@ def frame_delta_rule_reference(
     Products of keys are made once and serve both directions, and the states of both are added before queries read
     them: half the products of two scans.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        # it would turn the float32 products back into half precision
+        with torch.autocast(q.device.type, enabled=False):
+            return frame_delta_rule_reference(
+                q, k, v, beta, kept, rotary=rotary, normalize=normalize, scale=scale, eps=eps
+            )
     dtype = torch.promote_types(q.dtype, torch.float32)
     N, T = q.shape[1], kept.shape[1]
 

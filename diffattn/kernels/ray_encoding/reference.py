@@ -10,6 +10,10 @@ def ray_encoding_reference(
     x: Tensor, matrices: Tensor, rotary: tuple[Tensor, Tensor] | None, scale: float, limit: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`ray_encoding`, arguments as there, unchecked: (y, growth or None). float64 stays float64."""
+    if torch.is_autocast_enabled(x.device.type):
+        # it would turn the float32 product back into half precision
+        with torch.autocast(x.device.type, enabled=False):
+            return ray_encoding_reference(x, matrices, rotary, scale, limit)
     given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32)) * scale
     half = x.shape[-1] // 2
     fours = x[..., :half].reshape(*x.shape[:2], -1, 4) @ matrices.to(x.dtype).transpose(-1, -2)
