@@ -243,6 +243,27 @@ def test_lora_goes_on():
     assert error(ours, stock) <= 1e-5 < error(bare, stock)
 
 
+@pytest.mark.parametrize("patch_first", [True, False])
+@pytest.mark.parametrize("how", ["accelerate", "leaf_level", "block_level", "float8"])
+def test_offloaded_and_cast_weights(how, patch_first):
+    model, cpu = TINY.model(), torch.device("cpu")
+    if patch_first:
+        diffattn.patch(model)
+    if how == "accelerate":
+        pytest.importorskip("accelerate").cpu_offload(model, cpu)
+    elif how == "float8":
+        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    else:
+        blocks = {"num_blocks_per_group": 1} if how == "block_level" else {}
+        model.enable_group_offload(cpu, cpu, offload_type=how, **blocks)
+    if not patch_first:
+        diffattn.patch(model)
+    with torch.no_grad():
+        ours = TINY.run(model)
+        diffattn.unpatch(model)
+        assert error(ours, TINY.run(model)) <= 1e-5
+
+
 def first_call(model):
     calls = []
     handle = model.blocks[0].register_forward_pre_hook(lambda _, args: calls.append(args))
