@@ -13,14 +13,35 @@ from diffattn import cli_distill
 app = typer.Typer(help="Attention processors for Hugging Face diffusers.", no_args_is_help=True, add_completion=False)
 
 
+def first_line(error: Exception) -> str:
+    """An error in one line. Of a list, which begins on the second, three entries and how many there are."""
+    first, *more = str(error).strip().splitlines()
+    if first.endswith(":") and more:
+        rest = f" and {len(more) - 3} more" if more[3:] else ""
+        return f"{first} {', '.join(line.strip() for line in more[:3])}{rest}"
+    return first.rstrip(".")
+
+
 def fail(message: str) -> typer.Exit:
     """One line on stderr, and the exit code of a wrong argument."""
     print(f"diffattn: {message}", file=sys.stderr)
     return typer.Exit(2)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        import diffattn
+
+        print(f"diffattn {diffattn.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Attention processors for Hugging Face diffusers."""
 
 
@@ -67,7 +88,7 @@ def demo(
     try:
         pipe = show.load_pipeline(source)
     except (OSError, ValueError) as error:
-        raise fail(f"--model: {source} is no folder or hub id of a pipeline ({_first_line(error)})") from None
+        raise fail(f"--model: {source} is no folder or hub id of a pipeline ({first_line(error)})") from None
 
     if long := show.too_long(pipe, chosen):
         raise fail(f"the prompt is longer than the {pipe.tokenizer.model_max_length} tokens that fit: {long!r}")
@@ -199,7 +220,7 @@ def inspect(
             options = dict(layers=layers or None, weights=weights, height=height or size, width=width or size)
             found = add_fidelity(found, model, core, prompt=prompt or PROMPT, **options)
     except (OSError, ValueError) as error:
-        raise fail(_first_line(error)) from None
+        raise fail(first_line(error)) from None
     show(found, model, every=every)
 
 
@@ -231,23 +252,23 @@ def export(
     from diffattn.export import ExportError, load, to_onnx
     from diffattn.patch import patch
 
+    if not Path(model).is_dir() and model.count("/") != 1:
+        raise fail(f"{model}: no folder here and no hub id (user/name) of a pipeline or a model, with its weights")
+    if not out.parent.is_dir():
+        raise fail(f"--out: there is no folder {out.parent}")
     try:
         target = load(model)
         if core is not None or weights is not None:
             patch(target, core and core.value, weights=weights)
         to_onnx(target, out, dynamic=not static, opset=opset, check=check)
     except (OSError, ValueError, ImportError) as error:
-        raise fail(_first_line(error)) from None
+        raise fail(first_line(error)) from None
     except ExportError as error:
         print(f"diffattn: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
 
 
 app.command()(cli_distill.distill)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def distill(
     ] = None,
 ) -> None:
     """Teach converted attention to draw what the model drew before. For several GPUs: accelerate launch."""
-    from diffattn.cli import fail
+    from diffattn.cli import fail, first_line
 
     try:
         from diffattn.distill import DistillError, TrajectoryError, read_prompts
@@ -117,7 +117,7 @@ def distill(
             push_to=push_to,
         )
     except (TrajectoryError, ValueError, OSError, ImportError) as error:
-        raise fail(str(error).strip().splitlines()[0].rstrip(".")) from None
+        raise fail(first_line(error)) from None
     except DistillError as error:
         import sys
 

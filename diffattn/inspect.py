@@ -15,7 +15,7 @@ from torch import nn
 from diffattn.checkpoints import open_checkpoint
 from diffattn.cores import AttentionCore
 from diffattn.inspect_cost import Layers, SeeingCore
-from diffattn.inspect_inputs import Inputs
+from diffattn.inspect_inputs import Inputs, is_video
 from diffattn.layers import Layer, find_layers, find_unreachable, is_autoencoder, names_of
 from diffattn.patch import as_core, make_plan
 
@@ -87,18 +87,22 @@ def inspect_model(
             pipeline's `model_index.json`.
         core, layers, weights: as `patch` takes them; of weights, only which layers they are for.
         height, width, frames: of the picture or video, in pixels; None takes the config's `sample_size`, else 1024
-            (videos 512, 81 frames).
+            (videos 832 x 480, 81 frames).
 
     Raises:
-        ValueError: `source` is none of these, its config builds no model, or what `patch` raises.
+        ValueError: `source` is none of these, its config builds no model, a size that it does not take, or what
+            `patch` raises.
         OSError: the hub could not be reached.
     """
     core = as_core(core)
     models, compression = build(source)
     target = models[""] if list(models) == [""] else _Components(models)
     found, unreachable = find_layers(target), find_unreachable(target)
+    names = ", ".join(type(model).__name__ for model in models.values())
     if not found and not unreachable:
-        raise ValueError(f"{source}: no attention in {', '.join(type(m).__name__ for m in models.values())}")
+        raise ValueError(f"{source}: no attention in {names} with this config (a class's name takes its default)")
+    if frames is not None and not any(map(is_video, models.values())):
+        raise ValueError(f"frames: got {frames}, expected none: {names} takes no video")
     checkpoint = None if weights is None else open_checkpoint(weights)
     planned, reasons, converted = make_plan(found, core, layers, checkpoint) if found else ([], {}, [])
     installs = {layer.name: str(processor.core) for layer, processor in planned}
@@ -211,16 +215,18 @@ def _on_meta(cls: type[nn.Module], config: dict) -> nn.Module:
 def _folder(source: str | Path) -> Path:
     names = ("model_index.json", "config.json")
     folder = Path(source)
-    if folder.is_dir():
+    if str(source) and folder.is_dir():
         if not any((folder / name).is_file() for name in names):
             raise ValueError(f"{source}: the folder has neither a model_index.json nor a config.json")
         return folder
     if str(source).count("/") != 1:
         import diffusers
 
+        if isinstance(getattr(diffusers, str(source), None), type):
+            raise ValueError(f"{source}: no model class of diffusers; of a pipeline, name a folder or a hub id")
         close = difflib.get_close_matches(str(source), dir(diffusers), n=1)
-        meant = f" (did you mean {close[0]}?)" if close and close[0] != str(source) else ""
-        raise ValueError(f"{source}: no model class of diffusers, no folder and no hub id{meant}")
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"{source or repr(source)}: no model class of diffusers, no folder and no hub id{meant}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -263,7 +269,8 @@ def _row(layer: Layer, installs: dict[str, str], reasons: dict[str, str]) -> Att
         mechanism += ", MQA" if kv_heads == 1 else ", GQA"
     itself = layer.family.attends_to_itself(layer.path, layer.attn)
     context = "itself" if itself else layer.family.kept.removeprefix("attends to ")
-    return replace(row, heads=heads, kv_heads=kv_heads, mechanism=mechanism, context=context)
+    head_dim = layer.family.layer_info(layer.attn).head_dim
+    return replace(row, heads=heads, kv_heads=kv_heads, head_dim=head_dim, mechanism=mechanism, context=context)
 
 
 def _run(model: nn.Module, found: list[Layer], paths: dict[str, str], inputs: Inputs) -> tuple[Layers, Layers]:

@@ -44,6 +44,8 @@ def test_draws_a_labelled_grid_and_a_table(tmp_path):
         (["demo", "--out", "nowhere/demo.png"], "there is no folder nowhere"),
         (["demo", "--out", "demo.txt"], "--out: got demo.txt"),
         (["dmeo"], "dmeo"),
+        (["export", "UNet2DConditionModel"], "UNet2DConditionModel: no folder here and no hub id"),
+        (["export", ".", "--out", "nowhere/model.onnx"], "--out: there is no folder nowhere"),
     ],
 )
 def test_what_is_wrong_gets_one_line_and_exit_code_2(arguments, message):
@@ -52,6 +54,11 @@ def test_what_is_wrong_gets_one_line_and_exit_code_2(arguments, message):
     assert not result.stdout
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_prints_its_version():
+    result = run("--version")
+    assert (result.returncode, result.stdout) == (0, f"diffattn {diffattn.__version__}\n")
 
 
 @needs_the_pipeline

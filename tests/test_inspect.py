@@ -78,9 +78,27 @@ def test_a_larger_picture_is_more_attention():
         ("WanTransformer3DModel", "blocks.0.attn2", (21 * 30 * 52, 512)),
         ("LTXVideoTransformer3DModel", "transformer_blocks.0.attn1", (11 * 15 * 26,) * 2),
         ("CogVideoXTransformer3DModel", "transformer_blocks.0.attn1", (13 * 30 * 45 + 226,) * 2),
+        ("ConsisIDTransformer3DModel", "transformer_blocks.0.attn1", (13 * 30 * 45 + 226,) * 2),
+        ("CogView4Transformer2DModel", "transformer_blocks.0.attn1", (64 * 64 + 512,) * 2),
+        ("WanVACETransformer3DModel", "vace_blocks.0.attn1", (21 * 30 * 52,) * 2),
+        ("AnyFlowTransformer3DModel", "blocks.0.attn1", (21 * 30 * 52,) * 2),
+        ("StableAudioDiTModel", "transformer_blocks.0.attn2", (1025, 512)),
+        ("FluxControlNetModel", "transformer_blocks.0.attn", (64 * 64 + 512,) * 2),
+        ("SD3ControlNetModel", "transformer_blocks.0.attn", (64 * 64 + 333,) * 2),
+        ("SanaControlNetModel", "transformer_blocks.0.attn1", (32 * 32,) * 2),
+        ("SparseControlNetModel", "down_blocks.0.attentions.0.transformer_blocks.0.attn2", (60 * 104, 77)),
+        ("UNetMotionModel", "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1", (16, 16)),
+        (
+            "UNetSpatioTemporalConditionModel",
+            "down_blocks.0.attentions.0.temporal_transformer_blocks.0.attn1",
+            (25, 25),
+        ),
+        ("I2VGenXLUNet", "down_blocks.0.attentions.0.transformer_blocks.0.attn2", (60 * 104, 77 + 64 + 4)),
+        ("Kandinsky3UNet", "down_blocks.1.attentions.0.attention", (64 * 64,) * 2),
     ],
 )
 def test_tokens_at_the_default_size(name, layer, tokens):
+    BY_NAME[name].needed()
     assert by_name(inspect_model(name))[layer].tokens == tokens
 
 
@@ -104,11 +122,12 @@ def test_a_pipeline_folder_needs_no_weights(tmp_path):
 
 
 def test_what_cannot_be_run_has_no_tokens_but_a_plan():
-    found = inspect_model("StableAudioDiTModel", "linear")
+    BY_NAME["MochiTransformer3DModel"].needed()
+    found = inspect_model("MochiTransformer3DModel", "linear")
     assert "could not be run" in found.inputs[""] and not found.share
     row = by_name(found)["transformer_blocks.0.attn1"]
     assert row.tokens is None and row.share is None
-    assert row.heads == 24 and row.installs
+    assert (row.heads, row.head_dim) == (24, 128) and row.installs
 
 
 def test_layers_chooses_as_in_patch():
@@ -188,13 +207,24 @@ def test_prints_a_table(run):
     [
         (["FluxTransformer2DModle"], "did you mean FluxTransformer2DModel?"),
         (["DDIMScheduler"], "DDIMScheduler: no model class of diffusers"),
+        (["StableDiffusionPipeline"], "no model class of diffusers; of a pipeline, name a folder or a hub id"),
+        ([""], "'': no model class of diffusers"),
+        (["AutoencoderDC"], "no attention in AutoencoderDC with this config"),
+        (
+            ["FluxTransformer2DModel", "--frames", "3"],
+            "frames: got 3, expected none: FluxTransformer2DModel takes no video",
+        ),
         (["no/such/folder"], "no/such/folder: no model class of diffusers, no folder and no hub id"),
         (["tests"], "tests: the folder has neither a model_index.json nor a config.json"),
         (["HunyuanDiT2DModel"], "HunyuanDiT2DModel cannot be built from its default config"),
         (["SanaTransformer2DModel", "--size", "1000"], "height: got 1000, expected a multiple of 32"),
         (["SanaTransformer2DModel", "--size", "1024", "--height", "512"], "--size: name it, or --height and --width"),
         (["SanaTransformer2DModel", "--core", "linaer"], "core: got 'linaer', expected one of linear, mqa"),
-        (["SanaTransformer2DModel", "--layers", "attn3"], "layers: ['attn3'] matches none"),
+        (
+            ["SanaTransformer2DModel", "--layers", "attn3"],
+            "layers: ['attn3'] matches none of these attention layers: transformer_blocks.0.attn1, "
+            "transformer_blocks.0.attn2, transformer_blocks.1.attn1 and 37 more",
+        ),
     ],
 )
 def test_what_is_wrong_gets_one_line_and_exit_code_2(arguments, message, run):
