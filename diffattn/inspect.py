@@ -90,6 +90,7 @@ def inspect_model(
             (videos 832 x 480, 81 frames).
 
     Raises:
+        TypeError: `source` is no name and no path.
         ValueError: `source` is none of these, its config builds no model, a size that it does not take, or what
             `patch` raises.
         OSError: the hub could not be reached.
@@ -157,6 +158,8 @@ def build(source: str | Path) -> tuple[dict[str, nn.Module], int | None]:
     """Models of `source` on the meta device by component, and their autoencoder's compression if it tells."""
     import diffusers
 
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"source: got {type(source).__name__}, expected a class name, a folder or a hub id")
     cls = getattr(diffusers, str(source), None)
     if isinstance(cls, type) and issubclass(cls, nn.Module):
         return {"": _on_meta(cls, {})}, None

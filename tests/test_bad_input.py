@@ -18,7 +18,7 @@ from tests.models.unets import build_unet
 pytestmark = pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
 
 #: Public functions whose bad input other files test.
-ELSEWHERE = {"set_grid": "the tests of windows", "streaming": "its own tests"}
+ELSEWHERE = {"streaming": "its own tests"}
 
 
 def test_every_public_function_is_here():
@@ -49,9 +49,9 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("name", ["patch", "unpatch", "patched", "status", "save_weights", "finalize"])
+@pytest.mark.parametrize("name", ["patch", "unpatch", "patched", "status", "save_weights", "finalize", "set_grid"])
 def test_a_target_of_another_type(name, target, tmp_path):
-    more = {"save_weights": [tmp_path / "weights"]}.get(name, [])
+    more = {"save_weights": [tmp_path / "weights"], "set_grid": [(2, 3)]}.get(name, [])
     came = type(target).__name__
     with pytest.raises(TypeError, match=rf"^target: got {came}, expected a diffusers pipeline or model$"):
         result = getattr(diffattn, name)(target, *more)

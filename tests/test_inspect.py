@@ -130,6 +130,14 @@ def test_what_cannot_be_run_has_no_tokens_but_a_plan():
     assert (row.heads, row.head_dim) == (24, 128) and row.installs
 
 
+@pytest.mark.parametrize("source", [None, 3, torch.nn.Linear(1, 1)], ids=lambda source: type(source).__name__)
+def test_a_source_of_another_type(source):
+    with pytest.raises(
+        TypeError, match=rf"source: got {type(source).__name__}, expected a class name, a folder or a hub"
+    ):
+        inspect_model(source)
+
+
 def test_layers_chooses_as_in_patch():
     rows = inspect_model("UNet2DConditionModel", "mqa", layers="mid_block*").rows
     assert {row.why for row in rows if "mid_block" not in row.name} == {"not chosen by `layers`"}

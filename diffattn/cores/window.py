@@ -83,9 +83,11 @@ def set_grid(target: Any, grid: Sequence[int] | None, text: Sequence[int] = (0, 
         target: a pipeline or an nn.Module.
         grid, text: as `WindowAttention` takes them.
 
-    Raises: ValueError for a grid or text of another form, or if `target` has no such core.
+    Raises: TypeError if `target` is neither; ValueError for a grid or text of another form, or if it has no such core.
     """
-    parts = [target] if isinstance(target, nn.Module) else list(getattr(target, "components", {}).values())
+    if not isinstance(target, nn.Module) and not isinstance(getattr(target, "components", None), dict):
+        raise TypeError(f"target: got {type(target).__name__}, expected a diffusers pipeline or model")
+    parts = [target] if isinstance(target, nn.Module) else list(target.components.values())
     modules = (m for part in parts if isinstance(part, nn.Module) for m in part.modules())
     cores = [m for m in modules if isinstance(m, WindowAttention)]
     if not cores:
