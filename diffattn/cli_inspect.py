@@ -44,6 +44,7 @@ def show(inspection: Inspection, title: str, *, every: bool = False) -> None:
             f"{'patched' if row.installs else 'stock'} [{note}]",
             *(["" if row.error is None else f"{row.error:.3f}"] if inspection.measured_on else []),
         )
+    fit(table, console.width)
     console.print(table)
     for text, note in notes.items():
         console.print(f"[{note}] {text}", soft_wrap=True)
@@ -59,6 +60,20 @@ def show(inspection: Inspection, title: str, *, every: bool = False) -> None:
             "and bytes, eager, bfloat16, batch 1, at the rates of an H100, without the launch gaps of small models.",
             soft_wrap=True,
         )
+
+
+def fit(table: Table, width: int) -> None:
+    """Break cells between words where the table is too wide; the names of layers, which are one word, come last."""
+    columns = table.columns
+    widths = [max(map(len, (column.header, *column.cells))) for column in columns]
+    least = [max(len(word) for cell in (c.header, *c.cells) for word in cell.split() or [""]) for c in columns]
+    least[1] = min(widths[1], 16)
+    least[3] = max(map(len, columns[3].cells), default=least[3])  # heads x dim
+    for i in (5, 7, 4, 3, 6, 1):
+        excess = sum(widths) + 2 * len(widths) - 1 - width  # each but the last with two spaces
+        widths[i] -= max(0, min(excess, widths[i] - least[i]))
+    for column, each in zip(columns, widths, strict=True):
+        column.width = each
 
 
 def alike(rows: list[AttentionRow]) -> list[tuple[AttentionRow, int]]:

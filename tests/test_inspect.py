@@ -186,8 +186,8 @@ def test_layers_that_are_alike_are_one_row_with_a_glob_that_fits():
 def run(monkeypatch, capsys):
     """In this process: importing diffusers anew takes seconds."""
 
-    def command(*arguments: str):
-        monkeypatch.setenv("COLUMNS", "160")
+    def command(*arguments: str, columns: int = 160):
+        monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setattr(sys, "argv", ["diffattn", "inspect", *arguments])
         with pytest.raises(SystemExit) as exit:
             main()
@@ -208,6 +208,16 @@ def test_prints_a_table(run):
     assert any(line.startswith("[1] LinearAttention(feature_map='relu'") for line in lines)
     assert any(line.startswith("[2] stock stays: softmax") for line in lines)
     assert "An estimate, not measured" in out
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+def test_a_narrow_table_is_broken_between_words(width, run):
+    _, out, _ = run("StableAudioDiTModel", columns=width)
+    table = out[out.index("───") : out.index("\n[1] ")].splitlines()[1:]
+    assert all(len(line) <= width for line in table)
+    words = " ".join(table).split()
+    assert words.count("Attention") == words.count("patched") * 2 == words.count("stock") * 2 == 2
+    assert ("transformer_blocks.*.attn1" in words) == (width > 80)
 
 
 @pytest.mark.parametrize(
