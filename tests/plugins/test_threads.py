@@ -136,8 +136,8 @@ def test_a_call_that_begins_while_patch_is_at_work_is_noticed(monkeypatch):
     hook = unet.mid_block.register_forward_hook(pause)
     running = pause.inside(lambda: out(UNET, unet))
 
-    def swap(attn, processor):
-        set_processor(attn, processor)
+    def swap(attn, *rest):
+        set_processor(attn, *rest)
         swapped.append(attn)
         if len(swapped) == 2:
             running.__enter__()
