@@ -117,11 +117,14 @@ def gqa() -> None:
 
 def causal() -> None:
     launchers = stand_in("causal_linear_attention.triton")
-    for D, E, dtype, feature_map, normalize, decay, block in (
-        (64, 64, torch.bfloat16, "elu1", True, 3, 1),
-        (40, 24, torch.float16, None, False, 4, 1),
-        (112, 112, torch.bfloat16, "relu", True, 4, 1560),
-    ):
+    cases = [(128, 128, torch.bfloat16, "relu", True, 3, 1)]
+    if ARCH == 90:
+        cases = [
+            (64, 64, torch.bfloat16, "elu1", True, 3, 1),
+            (40, 24, torch.float16, None, False, 4, 1),
+            (112, 112, torch.bfloat16, "relu", True, 4, 1560),
+        ]
+    for D, E, dtype, feature_map, normalize, decay, block in cases:
         N = 4 * 1560
         q, k, v, grad = (meta(2, N, h, d, dtype=dtype) for h, d in ((4, D), (2, D), (2, E), (4, E)))
         g = None if decay is None else meta(*(2, N // block, 2, D)[:decay], dtype=torch.float32)
@@ -142,13 +145,16 @@ def block_sparse() -> None:
     backward = stand_in("block_sparse_attention.triton_bwd")
     from diffattn.kernels.block_sparse_attention import Blocks
 
-    for D, dtype, N, size, checked in (
-        (64, torch.bfloat16, 300, 64, False),
-        (96, torch.float16, 300, 128, True),
-        (40, torch.bfloat16, 300, 16, True),
-        # The compiler takes a length of 1 for a constant, and so a number of blocks.
-        (64, torch.float32, 1, 32, False),
-    ):
+    cases = [(256, torch.bfloat16, 300, 128, True), (128, torch.float32, 300, 128, False)]
+    if ARCH == 90:
+        cases = [
+            (64, torch.bfloat16, 300, 64, False),
+            (96, torch.float16, 300, 128, True),
+            (40, torch.bfloat16, 300, 16, True),
+            # The compiler takes a length of 1 for a constant, and so a number of blocks.
+            (64, torch.float32, 1, 32, False),
+        ]
+    for D, dtype, N, size, checked in cases:
         q, k, v = (meta(2, N, h, D, dtype=dtype) for h in (4, 2, 2))
         number = -(-N // size)
         count = meta(2, 4, number, dtype=torch.int32)

@@ -1,5 +1,6 @@
 """Causal linear attention: the oracle is the recurrence in float64 on the same rounded inputs."""
 
+import importlib
 import math
 
 import pytest
@@ -261,6 +262,29 @@ def test_recurrent_kernel(dtype, decay, device, triton_backend):
             o, state = kernel(*inputs, form="recurrent", **options)
             expected = reference(*(None if x is None else x.double() for x in inputs), **options)
         assert_close((o, state), expected, dtype, ("o", "state"))
+
+
+def test_what_does_not_fit_takes_plain_torch(device, triton_backend, monkeypatch):
+    """Compiled for Hopper, the gradient of a decay of frames needs 278 KB there beyond 128 float16 features."""
+    module = importlib.import_module("diffattn.kernels.causal_linear_attention")
+
+    def same(inputs, block, requires_grad=False):
+        if requires_grad:
+            inputs[3].requires_grad_()
+        o, expected = (f(*inputs, feature_map="relu", block=block)[0] for f in (kernel, plain))
+        return torch.equal(o, expected)
+
+    def plain(*inputs, **options):
+        return reference(*inputs, form="chunkwise", **options)
+
+    shape = dict(N=40, H=1, D=136, feature_map="relu")
+    frames = list(make_inputs(device, torch.float16, block=10, decay="token", **shape))
+    channels = list(make_inputs(device, torch.float16, decay="channel", **shape))
+    assert not same(frames, 10) and not same(channels, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "small_shared_memory", lambda device: True)
+        assert same(frames, 10) and same(channels, 1)
+    assert same(frames, 10, requires_grad=True)
 
 
 @pytest.mark.parametrize("N", [3, 40])

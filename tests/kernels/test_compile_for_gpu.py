@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[2]
         ("frame_delta_rule", 90),
         ("linear", 89),
         ("gqa", 89),
+        ("causal", 89),
+        ("block_sparse", 89),
         ("frame_delta_rule", 89),
     ],
     ids=str,

@@ -12,6 +12,7 @@ from diffattn.kernels.block_sparse_attention.triton_dq import block_sparse_atten
 from diffattn.kernels.gqa_attention.triton import (
     block_loads,
     dot_precision,
+    fitting,
     head_block,
     prob_shift,
 )
@@ -86,7 +87,8 @@ def _launch(grad, q, k, v, blocks, q_places, k_places, bias, rest, scale, produc
     M, Hkv, E = v.shape[1:]
     dq, dk, dv = q.new_empty(B, N, H, D), q.new_empty(B, M, Hkv, D), q.new_empty(B, M, Hkv, E)
     width = head_block(D, E)
-    dq_config, dkv_config = configs or _CONFIGS[(q.dtype.itemsize == 4, width)]
+    configs = configs or _CONFIGS[(q.dtype.itemsize == 4, width)]
+    dq_config, dkv_config = (fitting(config, q.dtype, width, q.device) for config in configs)
     bias = bias_in_log2(bias)
     checks = tuple(rest[0] if x is None else x for x in (q_places, k_places, bias))
     bias_stride = 0 if bias is None or bias.shape[0] == 1 else bias.stride(0)

@@ -24,6 +24,7 @@ from diffattn.kernels.gqa_attention.triton import (
     LOG2E,
     block_loads,
     dot_precision,
+    fitting,
     head_block,
     load_block,
     prob_shift,
@@ -255,7 +256,8 @@ def _launch(q, k, v, blocks, q_places, k_places, bias, scale, outputs, product, 
     B, N, H, D = q.shape
     M, Hkv, E = v.shape[1:]
     width = head_block(D, E)
-    rows, keys, warps, stages = fit(config or _CONFIGS[(v.dtype.itemsize == 4, width)], blocks.rows, blocks.keys)
+    config = fitting(config or _CONFIGS[(v.dtype.itemsize == 4, width)], v.dtype, width, q.device)
+    rows, keys, warps, stages = fit(config, blocks.rows, blocks.keys)
     (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))
     bias = bias_in_log2(bias)
     tiles = number_of_blocks(N, rows)

@@ -5,7 +5,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from diffattn.kernels._backend import exporting, use_triton
+from diffattn.kernels._backend import exporting, small_shared_memory, use_triton
 from diffattn.kernels._checks import check_qkv, shape_of
 from diffattn.kernels.causal_linear_attention import ops as ops  # registers the operators
 from diffattn.kernels.causal_linear_attention.bidirectional import bidirectional_linear_attention
@@ -102,7 +102,7 @@ def run_causal_linear_attention(
     inputs = (q, k, v, decay, tensor if tensor is state else None)
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     D, E = q.shape[3], v.shape[3]
-    if form != "parallel" and max(D, E) <= MAX_HEAD_DIM and use_triton(q):
+    if form != "parallel" and kernels_fit(q, v, decay, block) and use_triton(q):
         options = (feature_map, normalize, float(eps), block)
         recurrent = form == "recurrent" or (form == "auto" and q.shape[1] <= RECURRENT_TOKENS)
         operators = torch.ops.diffattn
@@ -135,6 +135,18 @@ def run_causal_linear_attention(
         tensor.copy_(after.detach())
         after = state
     return (out, after) if return_state else out
+
+
+def kernels_fit(q, v, decay, block):
+    """Whether shared memory holds what the kernels keep there of wide heads. The rest takes plain torch."""
+    width = max(q.shape[3], v.shape[3])
+    if width <= 128 or q.dtype == torch.bfloat16:
+        return width <= MAX_HEAD_DIM
+    # In other dtypes parts of a state take four bytes an element: 139 to 164 KB with frames and with channels that
+    # decay, 278 KB where the gradient of a decay keeps a frame's own part beside what came before.
+    if small_shared_memory(q.device) and (block > 1 or (decay is not None and decay.dim() == 4)):
+        return False
+    return width <= MAX_HEAD_DIM and not (block > 1 and decay is not None and decay.requires_grad)
 
 
 def _check_options(q, k, feature_map, form, block, eps):

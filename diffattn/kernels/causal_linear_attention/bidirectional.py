@@ -101,13 +101,13 @@ def bidirectional_linear_attention(
     Arguments, dtypes and errors as in `causal_linear_attention`; there is no state.
     Returns: (B, N, H, E) in the dtype of q.
     """
-    from diffattn.kernels.causal_linear_attention import MAX_HEAD_DIM, _check_decay, _check_options
+    from diffattn.kernels.causal_linear_attention import _check_decay, _check_options, kernels_fit
 
     check_qkv(q, k, v)
     _check_options(q, k, feature_map, "auto", block, eps)
     if decay is not None:
         _check_decay(q, k, decay, block)
-    if max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM and use_triton(q):
+    if kernels_fit(q, v, decay, block) and use_triton(q):
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, decay))
         return torch.ops.diffattn.bidirectional_linear_attention(
             q, k, v, decay, feature_map, normalize, float(eps), block, keep
