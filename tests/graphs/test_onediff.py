@@ -89,8 +89,11 @@ def test_forward_keeps_the_contract(stock_class):
     core = None if is_linear(layer) else diffattn.SoftmaxAttention()
     args, kwargs, _ = stock.calls[name]
     with diffattn.patched(stock.model, core, layers=name), torch.no_grad():
-        processor, attn, given, called = layer.attn.processor, layer.attn, [], Called()
-        hook = processor.register_forward_pre_hook(lambda m, a, k: given.append(copied((a[1:], k))), with_kwargs=True)
+        processor, attn, given, called = layer.processor, stock.model.get_submodule(name), [], Called()
+        first = () if processor is attn else (attn,)  # some stand in the module's place
+        hook = processor.register_forward_pre_hook(
+            lambda m, a, k: given.append(copied((a[len(first) :], k))), with_kwargs=True
+        )
         with called:
             expected = tensors(attn(*copied(args), **copied(kwargs)))
         hook.remove()
@@ -105,8 +108,8 @@ def test_forward_keeps_the_contract(stock_class):
         for key, value in before.items():
             assert torch.equal(value, after[key]) if isinstance(value, torch.Tensor) else value == after[key], key
         rest, options = given[0]
-        own = type(processor).forward(processor, attn, *copied(rest), **copied(options))
-        check_equal(record(processor, attn, rest, options), tensors(own))
+        own = type(processor).forward(processor, *first, *copied(rest), **copied(options))
+        check_equal(record(processor, first, rest, options), tensors(own))
 
 
 def tensors(out) -> list[torch.Tensor]:
@@ -118,7 +121,7 @@ def check_equal(ours, expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def record(processor, attn, rest, options):
+def record(processor, first, rest, options):
     """The result of a graph of torch.fx, recorded from tensors without data: Python that reads data would raise.
 
     Not torch.fx.symbolic_trace: its proxies have no shapes, and few of stock's attentions pass it either.
@@ -131,7 +134,7 @@ def record(processor, attn, rest, options):
         for i, t in zip(at, given, strict=True):
             filled[i] = t
         args, kwargs = tree_unflatten(filled, tree)
-        return tensors(processor(attn, *args, **kwargs))
+        return tensors(processor(*first, *args, **kwargs))
 
     graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(*(leaves[i].clone() for i in at))
     return graph(*(leaves[i].clone() for i in at))
