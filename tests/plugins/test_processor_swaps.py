@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import diffattn
-from tests.plugins.common import FLUX, UNET, error, learned, load_lora, lora, out, processors
+from tests.plugins.common import FLUX, SANA, UNET, error, learned, load_lora, lora, out, processors
 
 pytestmark = pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
 
@@ -229,3 +229,21 @@ def test_lora_weights_are_those_of_stock(unet):
     from peft.utils import get_peft_model_state_dict
 
     assert get_peft_model_state_dict(unet, adapter_name="one").keys() == lora(UNET, 1).keys()
+
+
+@pytest.mark.parametrize(
+    "tiny, argument",
+    [(UNET, "cross_attention_kwargs"), (FLUX, "joint_attention_kwargs"), (SANA, "attention_kwargs")],
+    ids=["unet", "flux", "sana"],
+)
+def test_the_scale_of_a_lora_in_the_call(tiny, argument):
+    stock, model = tiny.model(), tiny.model()
+    core = None if tiny is SANA else diffattn.SoftmaxAttention()
+    diffattn.patch(model, core)
+    for each in (stock, model):
+        load_lora(each, tiny)
+    scales = [0.0, 0.3, 1.0]
+    expected = [out(tiny, stock, **{argument: {"scale": scale}}) for scale in scales]
+    assert error(expected[0], expected[1]) > 1e-4 and error(expected[1], expected[2]) > 1e-4
+    for scale, theirs in zip(scales, expected, strict=True):
+        assert error(out(tiny, model, **{argument: {"scale": scale}}), theirs) <= 1e-5
