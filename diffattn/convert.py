@@ -5,10 +5,8 @@ from typing import Any
 from torch import nn
 
 from diffattn.layers import Layer, find_layers, models_of
+from diffattn.processors.projections import modules_of
 from diffattn.running import refuse_if_running
-
-#: The modules of a layer by role. The output projection is a list with its dropout.
-MODULES = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 
 
 def finalize(target: Any) -> int:
@@ -43,17 +41,18 @@ def finalize(target: Any) -> int:
     dropped = 0
     for layer, path in found:
         layer.attn.__dict__[layer.record("finalized")] = True  # first: an interruption must not leave it to unpatch
-        dropped += sum(p.numel() * p.element_size() for p in layer.attn.get_submodule(path).parameters())
+        module = layer.attn.get_submodule(path)
+        dropped += sum(p.numel() * p.element_size() for p in module.parameters())
         parent, _, name = path.rpartition(".")
-        setattr(layer.attn.get_submodule(parent), name, Dropped(f"{layer.name}.{path}"))
+        setattr(layer.attn.get_submodule(parent), name, Dropped(f"{layer.name}.{path}", module))
     return dropped
 
 
 def _replaced(layer: Layer) -> list[str]:
     """The layer's projections that its core's own stand in for, less those dropped already."""
     own = layer.processor.core.projections or {}
-    paths = [MODULES[role] for role in own]
-    return [path for path in paths if not isinstance(layer.attn.get_submodule(path), Dropped)]
+    found = modules_of(layer.attn, layer.processor.hands_over)
+    return [path for role, (path, module) in found.items() if role in own and not isinstance(module, Dropped)]
 
 
 def _check(layer: Layer, path: str) -> None:
@@ -69,17 +68,18 @@ def _check(layer: Layer, path: str) -> None:
 
 
 class Dropped(nn.Module):
-    """Where a projection was that `finalize` dropped."""
+    """Where a projection was that `finalize` dropped. It keeps its widths, from which some layers know theirs."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, module: nn.Linear):
         super().__init__()
         self.name = name
+        self.in_features, self.out_features = (getattr(module, n, None) for n in ("in_features", "out_features"))
 
     def forward(self, *args, **kwargs):
         raise RuntimeError(self._why())
 
     def __getattr__(self, name):
-        if name in ("weight", "bias", "in_features", "out_features"):
+        if name in ("weight", "bias"):
             raise AttributeError(f"{name}: {self._why()}")
         return super().__getattr__(name)
 

@@ -19,8 +19,9 @@ def rotate_heads(q: Tensor, k: Tensor, rotate: tuple[Rotary | None, Rotary | Non
     return apply_rotary(q, rotate[0]), apply_rotary(k, rotate[1])
 
 
-#: The projections of a layer: of queries, keys, values, and of the output.
-ROLES = ("q", "k", "v", "out")
+#: The projections of a layer: of queries, keys, values, and of the output; then those of text in joint attention,
+#: where it has its own.
+ROLES = ("q", "k", "v", "out", "text_q", "text_k", "text_v", "text_out")
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class LayerInfo:
     Attributes:
         heads, kv_heads: H and Hkv.
         head_dim: D of queries and keys; None where the processor cannot tell.
-        weights: role ("q", "k", "v" or "out") -> weight (out, in) and bias or None of the layer's projection, to start
-            from: detached, on the layer's device or the meta device, in its dtype. Only those are listed in whose
-            place the layer's processor calls a projection of the core's; empty where it calls none.
+        weights: role (one of `ROLES`) -> weight (out, in) and bias or None of the layer's projection, to start from:
+            detached, on the layer's device or the meta device, in its dtype. Only those are listed in whose place the
+            layer's processor calls a projection of the core's; empty where it calls none.
         plain_scores: whether nothing happens to q and k between their projections and their product: no norm, no
             rotation.
+        fixes_key_heads: whether what happens to k before the core needs all its heads: a norm over all of them at
+            once, a rotation of each by angles of its own. A core may then have fewer heads of v alone.
         loading: whether weights are loaded right after: only the shapes of what `prepare` makes matter then.
     """
 
@@ -43,6 +46,7 @@ class LayerInfo:
     head_dim: int | None = None
     weights: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     plain_scores: bool = False
+    fixes_key_heads: bool = False
     loading: bool = False
 
 
@@ -57,10 +61,10 @@ class AttentionCore(nn.Module):
     `load_weights` reads; a core without any computes a fixed formula. Two kinds of children its processor calls
     before and after the core itself, on processors that hand them over (`LayerInfo.weights` is empty elsewhere):
 
-        projections: role -> nn.Linear that is called in place of the layer's `to_q`, `to_k`, `to_v` or `to_out[0]`.
+        projections: role -> nn.Linear that is called in place of the layer's (`to_q`, `add_k_proj`, ...).
             Adapters (LoRA) on the layer's act on it all the same, unless the core says in `refuses_adapters` why they
             cannot. The layer's own stay for `unpatch`, until `diffattn.finalize` drops them.
-        input_maps: role "q" or "k" -> module that maps the hidden states (B, N, C) before that projection.
+        input_maps: role of queries or keys -> module that maps the hidden states (B, N, C) before that projection.
 
     Both are None in a core that has none.
     """
@@ -100,12 +104,16 @@ class AttentionCore(nn.Module):
             if role not in layer.weights:
                 raise ValueError(
                     f"projections: {self} cannot have its own {role!r} here: this layer's processor hands over "
-                    f"{', '.join(layer.weights) or 'none'}. UNets and others with diffusers' generic attention hand "
-                    f"over {', '.join(ROLES)} that are plain linear layers and not fused"
+                    f"{', '.join(layer.weights) or 'none'}. Those can be replaced that are plain linear layers, one "
+                    "for each role, and not fused"
                 )
             made[role] = linear(*layer.weights[role])
         # In one order, whatever was asked for first.
         self.projections = nn.ModuleDict({role: made[role] for role in ROLES if role in made}) if made else None
+
+    def projected(self, role: str, heads: Tensor) -> Tensor:
+        """What becomes of the output of a layer's own projection (B, N, H, D), before its norm and rotation."""
+        return heads
 
     def forward(
         self,

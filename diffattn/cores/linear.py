@@ -36,7 +36,7 @@ class LinearAttention(AttentionCore):
         eps: added to the denominator. Sana, DC-AE: 1e-15; LinFusion: 1e-4 with `"mean"`. The map
             `"softmax"` has the denominator 1 by construction: there eps and normalizer change nothing.
         input_map: None, or `"mlp"`: q and k are projected of x + MLP(x), with an MLP for each (LinFusion, `InputMLP`).
-            For processors that hand over their projections, UNets' among them.
+            In joint attention text has MLPs of its own. For processors that hand over their projections, as most do.
         mid_dim: width of those MLPs between their two layers; None is the width of the hidden states.
 
     Masks may hide keys, not single (query, key) pairs: they have to be the same for all heads and queries.
@@ -94,10 +94,10 @@ class LinearAttention(AttentionCore):
             if not {"q", "k"} <= layer.weights.keys():
                 raise ValueError(
                     f"input_map: {self.input_map!r} maps hidden states before the projections, which this layer's "
-                    "processor does not hand over, or which are fused or no plain linear layers; UNets and others "
-                    "with diffusers' generic attention do"
+                    "processor does not hand over, or which are fused or no plain linear layers, one for each role"
                 )
-            widths = {role: layer.weights[role][0].shape[1] for role in ("q", "k")}
+            roles = [role for role in ("q", "k", "text_q", "text_k") if role in layer.weights]
+            widths = {role: layer.weights[role][0].shape[1] for role in roles}
             with torch.random.fork_rng(devices=()):  # the user's random numbers are for the picture
                 self.input_maps = nn.ModuleDict({r: InputMLP(width, self.mid_dim) for r, width in widths.items()})
         if self.feature_map == "hedgehog":

@@ -1,5 +1,7 @@
 """Projections for fewer key/value heads, made of those of a multi-head layer."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ from diffattn.cores.base import LayerInfo, linear
 Projection = tuple[Tensor, Tensor | None]
 
 
-def mean_pooled(layer: LayerInfo, kv_heads: int) -> nn.ModuleDict:
+def mean_pooled(layer: LayerInfo, kv_heads: int, roles: Iterable[str] = ("k", "v")) -> nn.ModuleDict:
     """Mean of the key and value projections of each group of heads in a row (Ainslie et al. 2023, figure 1)."""
 
     def pool(projection: Projection) -> nn.Linear:
@@ -19,7 +21,7 @@ def mean_pooled(layer: LayerInfo, kv_heads: int) -> nn.ModuleDict:
         grouped = _wide(tensor).unflatten(0, (kv_heads, layer.kv_heads // kv_heads, -1))
         return grouped.mean(1).flatten(0, 1)
 
-    return nn.ModuleDict({role: pool(layer.weights[role]) for role in ("k", "v")})
+    return nn.ModuleDict({role: pool(layer.weights[role]) for role in roles})
 
 
 def svd_pooled(layer: LayerInfo, kv_heads: int) -> nn.ModuleDict:
@@ -34,8 +36,8 @@ def svd_pooled(layer: LayerInfo, kv_heads: int) -> nn.ModuleDict:
     if not {"q", "k", "v", "out"} <= layer.weights.keys() or not layer.plain_scores:
         raise ValueError(
             "pooling: 'svd' changes all four projections together, and this layer's processor does not hand them "
-            "over, they are fused or no plain linear layers, or q and k are normalized or rotated before their "
-            "product: expected 'mean'"
+            "over, they are fused or no plain linear layers, text has its own, or q and k are normalized or "
+            "rotated before their product: expected 'mean'"
         )
     if layer.loading:
         copies = {role: linear(*layer.weights[role]) for role in ("q", "out")}

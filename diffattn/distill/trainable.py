@@ -9,6 +9,7 @@ from diffattn.cores import AttentionCore
 from diffattn.cores.base import ROLES
 from diffattn.distill.settings import Settings
 from diffattn.patch import PatchHandle
+from diffattn.processors.projections import modules_of
 
 
 def check_trainable(handle: PatchHandle, core: AttentionCore, settings: Settings) -> None:
@@ -31,11 +32,13 @@ def check_trainable(handle: PatchHandle, core: AttentionCore, settings: Settings
         except ImportError:
             raise ImportError("train: 'lora' needs peft (pip install 'diffattn[distill]')") from None
     for name in handle.installed:
-        roles = _layer_info(handle, name).weights
-        if set(roles) != set(ROLES):
+        layer, roles = handle._layers[name], _layer_info(handle, name).weights
+        wanted = modules_of(layer.attn, layer.family.hands_over)
+        if not wanted or set(roles) != set(wanted):
             raise ValueError(
-                f"train: got {settings.train!r}, but of the projections q, k, v, out of layer {name} a core can have "
-                f"{', '.join(roles) or 'none'} here; expected 'core'"
+                f"train: got {settings.train!r}, but of the projections {', '.join(wanted or ROLES[:4])} of layer "
+                f"{name} a core can have {', '.join(roles) or 'none'} here; expected 'core', or layers "
+                "without it"
             )
 
 
@@ -45,7 +48,8 @@ def make_trainable(handle: PatchHandle, settings: Settings) -> None:
     for name, processor in handle.installed.items():
         core = processor.core
         if settings.train != "core":
-            core.own(_layer_info(handle, name), ROLES)
+            layer = _layer_info(handle, name)
+            core.own(layer, list(layer.weights))
         processor.requires_grad_(True)
         if settings.train == "lora":
             _add_lora(core.projections, settings.rank)

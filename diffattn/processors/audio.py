@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from diffattn.processors.base import project_heads
+from diffattn.processors.projections import NOTHING
 from diffattn.processors.rotary import from_angles, from_halves
 from diffattn.processors.streams import (
     Stream,
@@ -11,7 +11,6 @@ from diffattn.processors.streams import (
     attend_across,
     causal_mask,
     norms_of,
-    project_out,
 )
 
 
@@ -42,9 +41,9 @@ class AceStepAttnProcessor(StreamAttnProcessor):
     ) -> Tensor:
         context = encoder_hidden_states if attn.is_cross_attention else None
         rotary = from_halves(image_rotary_emb) if context is None else None
-        q, k, v = project_heads(attn, hidden_states, context)
+        q, k, v = self.project_heads(attn, hidden_states, context)
         out = attend_across(self.core, q, k, v, norms_of(attn), (rotary, rotary), mask=attention_mask)
-        return project_out(attn, out.flatten(2))
+        return self.project_out(attn, out.flatten(2))
 
     @classmethod
     def heads(cls, attn):
@@ -59,6 +58,7 @@ class LongCatAudioAttnProcessor(StreamAttnProcessor):
     """LongCat-Audio's self-attention; padding is masked, and its output set to 0."""
 
     replaces = ("AudioDiTSelfAttnProcessor",)
+    fixes_key_heads = True
 
     def forward(
         self,
@@ -71,10 +71,10 @@ class LongCatAudioAttnProcessor(StreamAttnProcessor):
         return self.attend(attn, hidden_states, None, attention_mask, attention_mask, (rotary, rotary))
 
     def attend(self, attn, hidden_states, context, mask, post_mask, rotate):
-        q, k, v = project_heads(attn, hidden_states, context)
+        q, k, v = self.project_heads(attn, hidden_states, context)
         norms = (attn.q_norm, attn.k_norm) if attn.qk_norm else (None, None)
         out = attend_across(self.core, q, k, v, norms, rotate, all_heads=True, mask=mask).flatten(2)
-        return project_out(attn, out if post_mask is None else out * post_mask[..., None].to(out.dtype))
+        return self.project_out(attn, out if post_mask is None else out * post_mask[..., None].to(out.dtype))
 
 
 class LongCatAudioCrossAttnProcessor(LongCatAudioAttnProcessor):
@@ -106,8 +106,8 @@ class MiniMaxMusic3AttnProcessor(StreamAttnProcessor):
     replaces = ("MiniMaxMusic3AttnProcessor",)
 
     def forward(self, attn, hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor]) -> Tensor:
-        stream = Stream(*project_heads(attn, hidden_states, None), rotary=from_halves(rotary_emb))
-        return project_out(attn, attend(self.core, stream).flatten(2))
+        stream = Stream(*self.project_heads(attn, hidden_states), rotary=from_halves(rotary_emb))
+        return self.project_out(attn, attend(self.core, stream).flatten(2))
 
 
 class CausalAttnProcessor(StreamAttnProcessor):
@@ -117,8 +117,8 @@ class CausalAttnProcessor(StreamAttnProcessor):
     kept = "attends causally"
 
     def forward(self, attn, hidden_states: Tensor) -> Tensor:
-        q, k, v = project_heads(attn, hidden_states, None)
-        return project_out(attn, self.core(q, k, v, mask=causal_mask(q)).flatten(2))
+        q, k, v = self.project_heads(attn, hidden_states)
+        return self.project_out(attn, self.core(q, k, v, mask=causal_mask(q)).flatten(2))
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -130,6 +130,7 @@ class DifferentialAttnProcessor(StreamAttnProcessor):
     rotated."""
 
     replaces = ("StableAudio3SelfAttnProcessor",)
+    hands_over = NOTHING
 
     def forward(self, attn, hidden_states: Tensor, rope: Tensor) -> Tensor:
         return self.attend(attn, hidden_states, rope)
@@ -138,7 +139,8 @@ class DifferentialAttnProcessor(StreamAttnProcessor):
         rotary = from_angles(angles[-hidden_states.shape[1] :])
         parts = attn.to_qkv(hidden_states).chunk(5 if attn.use_differential else 3, dim=-1)
         *qk, v = (t.unflatten(-1, (-1, attn.dim_heads)) for t in parts)
-        queries, keys = qk[: len(qk) // 2], qk[len(qk) // 2 :]
+        queries, keys = qk[: len(qk) // 2], [self.core.projected("k", k) for k in qk[len(qk) // 2 :]]
+        v = self.core.projected("v", v)
         return difference(self.core, attn, queries, keys, v, (rotary, rotary), mask)
 
 
@@ -164,6 +166,7 @@ class DifferentialCrossAttnProcessor(StreamAttnProcessor):
     """Stable Audio 3's attention to the text: the difference of two, without rotation."""
 
     replaces = ("StableAudio3CrossAttnProcessor",)
+    hands_over = NOTHING
 
     def forward(self, attn, hidden_states: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
         count = 2 if attn.use_differential else 1
@@ -184,8 +187,8 @@ class KVAEAudioAttnProcessor(StreamAttnProcessor):
     replaces = ("KVAEAudioAttnProcessor",)
 
     def forward(self, attn, hidden_states: Tensor) -> Tensor:
-        q, k, v = project_heads(attn, hidden_states, None)
-        return attn.to_out[0](self.core(q, k, v).flatten(2))
+        q, k, v = self.project_heads(attn, hidden_states)
+        return self.project_out(attn, self.core(q, k, v).flatten(2))
 
 
 class AnimaTextAttnProcessor(StreamAttnProcessor):

@@ -4,6 +4,7 @@ import functools
 import inspect
 import re
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from diffattn.cores import AttentionCore, GroupedQueryAttention, LayerInfo, SoftmaxAttention, rotate_heads
 from diffattn.kernels.qk_norm_rope import DTYPES, qk_norm_rope, runs_fused
 from diffattn.processors.projections import calls_fused as calls_fused
+from diffattn.processors.projections import head_dim_of, project_heads, weights_of
 from diffattn.processors.projections import output as output
-from diffattn.processors.projections import project_heads, weights_of
 
 
 class CoreAttnProcessor(nn.Module):
@@ -38,9 +39,12 @@ class CoreAttnProcessor(nn.Module):
     #: Why `attends_to_itself` is False where it is: what `patch` says of a layer that keeps its attention.
     kept = "attends to text"
 
-    #: Whether `forward` passes its core to `project_heads` and `output`, so that it may have projections and input
-    #: maps of its own.
-    hands_over = False
+    #: Role -> the layer's attribute, of the projections in whose place `forward` calls the core's own and before which
+    #: it calls the core's input maps: `project_heads`, `project_by`, `output` and their kin do, given the core.
+    hands_over: Mapping[str, str] = {}
+
+    #: Whether what happens to k before the core needs all its heads: norms over all of them, a rotation for each.
+    fixes_key_heads = False
 
     #: Whether each call of the core attends over the whole sequence, whose tokens context parallelism splits. Where
     #: a core may be called for other keys too, which every rank has, stock alone knows the difference.
@@ -121,8 +125,9 @@ class CoreAttnProcessor(nn.Module):
     def layer_info(cls, attn: nn.Module) -> LayerInfo:
         """What a core is told of a layer."""
         heads, kv_heads = cls.heads(attn)
-        weights = weights_of(attn) if cls.hands_over else {}
-        return LayerInfo(heads, kv_heads, _head_dim(attn, heads), weights, cls.plain_scores(attn))
+        weights = weights_of(attn, cls.hands_over)
+        plain, fixed = cls.plain_scores(attn), cls.fixes_key_heads
+        return LayerInfo(heads, kv_heads, head_dim_of(attn, heads), weights, plain, fixed)
 
     @classmethod
     def plain_scores(cls, attn: nn.Module) -> bool:
@@ -133,21 +138,6 @@ class CoreAttnProcessor(nn.Module):
     def attends_to_itself(cls, name: str, attn: nn.Module) -> bool:
         """True for self-attention over image, video or audio tokens: what a converted core may replace."""
         return not attn.is_cross_attention
-
-
-def _head_dim(attn: nn.Module, heads: int) -> int | None:
-    """By whichever name the attention class has for it, else of its query projection."""
-    for name in ("head_dim", "attention_head_dim", "dim_heads"):
-        if isinstance(getattr(attn, name, None), int):
-            return getattr(attn, name)
-    if hasattr(attn, "inner_dim"):
-        return attn.inner_dim // heads
-    for name, joined in (("to_q", 1), ("to_query", 1), ("qkv", 3)):
-        module = getattr(attn, name, None)
-        width = getattr(module, "out_features", None) or getattr(module, "out_channels", None)
-        if width is not None:
-            return width // joined // heads
-    return None
 
 
 def _refuse_lost_settings(processor: CoreAttnProcessor, attn: nn.Module) -> None:

@@ -4,13 +4,15 @@ import torch
 from torch import Tensor
 
 from diffattn.processors.base import normalize
+from diffattn.processors.projections import NOTHING
 from diffattn.processors.rotary import from_complex, from_halves, from_matrices, join
-from diffattn.processors.streams import Stream, StreamAttnProcessor, causal_mask, mask_for, norms_of, project_out
+from diffattn.processors.streams import Stream, StreamAttnProcessor, causal_mask, mask_for, norms_of
 
 
 class ImageQueriesAttnProcessor(StreamAttnProcessor):
     """What the two below share: the text is never a query, so a linear core cannot rotate both alike."""
 
+    hands_over = NOTHING
     kept = "attends to text too"
 
     def attend(self, image: Stream, text: Stream | None, text_first: bool, mask) -> Tensor:
@@ -70,7 +72,7 @@ class PRXAttnProcessor(ImageQueriesAttnProcessor):
                 )
             of_image = attention_mask.new_ones(hidden_states.shape[:2], dtype=torch.bool)
             mask = torch.cat((attention_mask.bool(), of_image), dim=1)
-        return project_out(attn, self.attend(image, text, True, mask).flatten(2))
+        return self.project_out(attn, self.attend(image, text, True, mask).flatten(2))
 
 
 class NucleusMoEAttnProcessor(ImageQueriesAttnProcessor):
@@ -101,7 +103,7 @@ class NucleusMoEAttnProcessor(ImageQueriesAttnProcessor):
             projected = (attn.add_k_proj(encoder_hidden_states), attn.add_v_proj(encoder_hidden_states))
             k, v = (t.unflatten(-1, (-1, head_dim)) for t in projected)
             text = Stream(k, k, v, (None, attn.norm_added_k), of_text)
-        return project_out(attn, self.attend(image, text, False, attention_mask).flatten(2))
+        return self.project_out(attn, self.attend(image, text, False, attention_mask).flatten(2))
 
     @classmethod
     def heads(cls, attn):
@@ -115,6 +117,7 @@ class Cosmos3AttnProcessor(StreamAttnProcessor):
     """
 
     replaces = ("Cosmos3AttnProcessor",)
+    hands_over = NOTHING
     kept = "attends causally, and to text too"
 
     def forward(

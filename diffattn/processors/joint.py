@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffattn.processors.base import project_heads
+from diffattn.processors.projections import NOTHING, split_heads
 from diffattn.processors.rotary import from_complex, from_pairs, join, split
 from diffattn.processors.streams import (
     Stream,
@@ -11,11 +11,8 @@ from diffattn.processors.streams import (
     attend,
     attend_across,
     attend_jointly,
-    image_stream,
     norms_of,
-    project_out,
     refuse,
-    text_stream,
 )
 
 
@@ -42,13 +39,14 @@ class FluxAttnProcessor(StreamAttnProcessor):
     ) -> Tensor | tuple[Tensor, Tensor]:
         rotary = from_pairs(image_rotary_emb)
         if encoder_hidden_states is None:
-            image = image_stream(attn, hidden_states, rotary)
+            image = self.image_stream(attn, hidden_states, rotary)
             return self.alone(attn, attend(self.core, image, mask=attention_mask).flatten(2))
         lengths = [encoder_hidden_states.shape[1], hidden_states.shape[1]]
         of_text, of_image = split(rotary, lengths)
-        streams = text_stream(attn, encoder_hidden_states, of_text), image_stream(attn, hidden_states, of_image)
-        text, image = attend_jointly(self.core, *streams, mask=attention_mask)
-        return project_out(attn, image), attn.to_add_out(text)
+        text = self.text_stream(attn, encoder_hidden_states, of_text)
+        image = self.image_stream(attn, hidden_states, of_image)
+        text, image = attend_jointly(self.core, text, image, mask=attention_mask)
+        return self.project_out(attn, image), self.project_text_out(attn, text)
 
     def alone(self, attn, hidden_states):
         """What a single-stream block gets."""
@@ -61,13 +59,14 @@ class Flux2AttnProcessor(FluxAttnProcessor):
     replaces = ("Flux2AttnProcessor",)
 
     def alone(self, attn, hidden_states):
-        return project_out(attn, hidden_states)
+        return self.project_out(attn, hidden_states)
 
 
 class Flux2ParallelAttnProcessor(StreamAttnProcessor):
     """Flux 2's single-stream blocks: one projection makes q, k, v and the MLP's input, one takes both outputs."""
 
     replaces = ("Flux2ParallelSelfAttnProcessor",)
+    hands_over = NOTHING
 
     joins_all_tokens = True
 
@@ -82,8 +81,8 @@ class Flux2ParallelAttnProcessor(StreamAttnProcessor):
         qkv, mlp = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
         qkv = hidden_states.shape[-1] * qkv // (qkv + mlp)  # this rank's part, under tensor parallelism
         qkv, mlp = hidden_states.tensor_split((qkv,), dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in qkv.chunk(3, dim=-1))
-        stream = Stream(q, k, v, norms_of(attn), from_pairs(image_rotary_emb))
+        heads = split_heads(self.core, dict(zip("qkv", qkv.chunk(3, dim=-1), strict=True)), attn.head_dim)
+        stream = Stream(*heads, norms_of(attn), from_pairs(image_rotary_emb))
         out = attend(self.core, stream, mask=attention_mask).flatten(2)
         return attn.to_out(torch.cat((out, attn.mlp_act_fn(mlp)), dim=-1))
 
@@ -101,11 +100,11 @@ class JointAttnProcessor(StreamAttnProcessor):
         attention_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         refuse(self, "attends to all tokens, as stock does whatever the mask", attention_mask=attention_mask)
-        image = image_stream(attn, hidden_states)
+        image = self.image_stream(attn, hidden_states)
         if encoder_hidden_states is None:
-            return project_out(attn, attend(self.core, image).flatten(2))
-        image, text = attend_jointly(self.core, image, text_stream(attn, encoder_hidden_states))
-        return project_out(attn, image), text if attn.context_pre_only else attn.to_add_out(text)
+            return self.project_out(attn, attend(self.core, image).flatten(2))
+        image, text = attend_jointly(self.core, image, self.text_stream(attn, encoder_hidden_states))
+        return self.project_out(attn, image), self.project_text_out(attn, text)
 
 
 class AuraFlowAttnProcessor(StreamAttnProcessor):
@@ -121,11 +120,11 @@ class AuraFlowAttnProcessor(StreamAttnProcessor):
         attention_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         refuse(self, "attends to all tokens, as stock does whatever the mask", attention_mask=attention_mask)
-        image = image_stream(attn, hidden_states)
+        image = self.image_stream(attn, hidden_states)
         if encoder_hidden_states is None:
-            return project_out(attn, attend(self.core, image).flatten(2))
-        text, image = attend_jointly(self.core, text_stream(attn, encoder_hidden_states), image)
-        return project_out(attn, image), attn.to_add_out(text)
+            return self.project_out(attn, attend(self.core, image).flatten(2))
+        text, image = attend_jointly(self.core, self.text_stream(attn, encoder_hidden_states), image)
+        return self.project_out(attn, image), self.project_text_out(attn, text)
 
 
 class QwenImageAttnProcessor(StreamAttnProcessor):
@@ -152,9 +151,10 @@ class QwenImageAttnProcessor(StreamAttnProcessor):
         if encoder_hidden_states_mask is not None:
             of_images = encoder_hidden_states_mask.new_ones(hidden_states.shape[:2], dtype=torch.bool)
             mask = torch.cat((encoder_hidden_states_mask.bool(), of_images), dim=1)
-        streams = text_stream(attn, encoder_hidden_states, of_text), image_stream(attn, hidden_states, of_image)
-        text, image = attend_jointly(self.core, *streams, mask=mask)
-        return project_out(attn, image), attn.to_add_out(text)
+        text = self.text_stream(attn, encoder_hidden_states, of_text)
+        image = self.image_stream(attn, hidden_states, of_image)
+        text, image = attend_jointly(self.core, text, image, mask=mask)
+        return self.project_out(attn, image), self.project_text_out(attn, text)
 
 
 class HunyuanVideoAttnProcessor(StreamAttnProcessor):
@@ -176,17 +176,17 @@ class HunyuanVideoAttnProcessor(StreamAttnProcessor):
         image, text = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if text is None:
             return image, None
-        return project_if(attn.to_out, attn, image), project_if(attn.to_add_out, attn, text)
+        return self.project_out(attn, image), self.project_text_out(attn, text)
 
     def attend(self, attn, hidden_states, text, mask, rotary):
         rotary = from_pairs(rotary)
         if text is None:
-            return attend(self.core, image_stream(attn, hidden_states, rotary), mask=mask).flatten(2), None
+            return attend(self.core, self.image_stream(attn, hidden_states, rotary), mask=mask).flatten(2), None
         if attn.add_q_proj is None:
             lengths = [hidden_states.shape[1], text.shape[1]]
-            both = image_stream(attn, torch.cat((hidden_states, text), dim=1), join([rotary, None], lengths))
+            both = self.image_stream(attn, torch.cat((hidden_states, text), dim=1), join([rotary, None], lengths))
             return attend(self.core, both, mask=mask).flatten(2).split(lengths, dim=1)
-        image, text = image_stream(attn, hidden_states, rotary), text_stream(attn, text)
+        image, text = self.image_stream(attn, hidden_states, rotary), self.text_stream(attn, text)
         return attend_jointly(self.core, image, text, mask=mask)
 
 
@@ -204,8 +204,8 @@ class MotifVideoAttnProcessor(HunyuanVideoAttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         image, text = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        image = project_if(attn.to_out, attn, image)
-        return image if text is None else (image, project_if(attn.to_add_out, attn, text))
+        image = self.project_out(attn, image)
+        return image if text is None else (image, self.project_text_out(attn, text))
 
 
 class MotifVideoCrossAttnProcessor(StreamAttnProcessor):
@@ -226,9 +226,9 @@ class MotifVideoCrossAttnProcessor(StreamAttnProcessor):
         if attention_mask is not None:
             attention_mask = attention_mask[..., -text.shape[1] :]  # over the image, if any, and the text
         rotate = (from_pairs(image_rotary_emb), None)
-        q, k, v = project_heads(attn, hidden_states, text)
+        q, k, v = self.project_heads(attn, hidden_states, text)
         out = attend_across(self.core, q, k, v, norms_of(attn), rotate, mask=attention_mask)
-        return project_out(attn, out.flatten(2))
+        return self.project_out(attn, out.flatten(2))
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -274,16 +274,9 @@ class EasyAnimateAttnProcessor(StreamAttnProcessor):
         if attn.add_q_proj is None:
             lengths = [encoder_hidden_states.shape[1], hidden_states.shape[1]]
             both = torch.cat((encoder_hidden_states, hidden_states), dim=1)
-            both = image_stream(attn, both, join([None, rotary], lengths))
+            both = self.image_stream(attn, both, join([None, rotary], lengths))
             text, image = attend(self.core, both, mask=attention_mask).flatten(2).split(lengths, dim=1)
         else:
-            streams = text_stream(attn, encoder_hidden_states), image_stream(attn, hidden_states, rotary)
+            streams = self.text_stream(attn, encoder_hidden_states), self.image_stream(attn, hidden_states, rotary)
             text, image = attend_jointly(self.core, *streams, mask=attention_mask)
-        return project_if(attn.to_out, attn, image), project_if(attn.to_add_out, attn, text)
-
-
-def project_if(module, attn, hidden_states):
-    """Blocks that project text and image together, with their MLP's output, have no projection here."""
-    if module is None:
-        return hidden_states
-    return project_out(attn, hidden_states) if module is attn.to_out else module(hidden_states)
+        return self.project_out(attn, image), self.project_text_out(attn, text)

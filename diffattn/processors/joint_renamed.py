@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
+from diffattn.processors.projections import NOTHING, OWN, TEXT, out_by, project_by, split_heads
 from diffattn.processors.rotary import HeadRotary, attend_by_head, from_matrices, from_pairs, split
 from diffattn.processors.streams import (
     Stream,
     StreamAttnProcessor,
     attend_jointly,
     join_streams,
-    project_out,
-    text_stream,
 )
 
 
@@ -18,6 +17,7 @@ class JoyImageAttnProcessor(StreamAttnProcessor):
     """JoyImage: image first, q, k, v of each stream from one projection, a rotation for each."""
 
     replaces = ("JoyImageAttnProcessor",)
+    hands_over = NOTHING
 
     def forward(
         self,
@@ -32,12 +32,16 @@ class JoyImageAttnProcessor(StreamAttnProcessor):
     def attend(self, attn, image, text, of_image, of_text=None, mask=None):
         if text is None:
             raise ValueError(f"encoder_hidden_states: got None, expected text: {type(self).__name__} joins the two")
-        q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in attn.img_attn_qkv(image).chunk(3, dim=-1))
-        image = Stream(q, k, v, (attn.img_attn_q_norm, attn.img_attn_k_norm), of_image)
-        q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in attn.txt_attn_qkv(text).chunk(3, dim=-1))
-        text = Stream(q, k, v, (attn.txt_attn_q_norm, attn.txt_attn_k_norm), of_text)
+        image = self.heads_by(attn, attn.img_attn_qkv, image, "qkv")
+        image = Stream(*image, (attn.img_attn_q_norm, attn.img_attn_k_norm), of_image)
+        text = self.heads_by(attn, attn.txt_attn_qkv, text, TEXT)
+        text = Stream(*text, (attn.txt_attn_q_norm, attn.txt_attn_k_norm), of_text)
         image, text = attend_jointly(self.core, image, text, mask=mask)
         return attn.img_attn_proj(image), attn.txt_attn_proj(text)
+
+    def heads_by(self, attn, module, hidden_states, roles):
+        parts = module(hidden_states).chunk(3, dim=-1)
+        return split_heads(self.core, dict(zip(roles, parts, strict=True)), parts[0].shape[-1] // attn.heads)
 
 
 class JoyImageEditPlusAttnProcessor(JoyImageAttnProcessor):
@@ -62,6 +66,8 @@ class HiDreamAttnProcessor(StreamAttnProcessor):
     multiplied by 0, not masked."""
 
     replaces = ("HiDreamAttnProcessor",)
+    hands_over = OWN | {f"text_{role}": f"{name}_t" for role, name in OWN.items()}
+    fixes_key_heads = True
 
     def forward(
         self,
@@ -72,7 +78,7 @@ class HiDreamAttnProcessor(StreamAttnProcessor):
         image_rotary_emb: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         image = self.stream(attn, hidden_states)
-        text = None if attn.single else self.stream(attn, encoder_hidden_states, "_t")
+        text = None if attn.single else self.stream(attn, encoder_hidden_states, "_t", TEXT)
         streams = [image] if text is None else [image, text]
         lengths = [stream.q.shape[1] for stream in streams]
         tables = split(from_matrices(image_rotary_emb), lengths)
@@ -88,18 +94,14 @@ class HiDreamAttnProcessor(StreamAttnProcessor):
             rotate = (rotary, rotary)
         out = self.core(q, k, v, rotate=rotate).flatten(2)
         if attn.single:
-            return attn.to_out(out)
+            return self.project_out(attn, out)
         image, text = out.split(lengths, dim=1)
-        return attn.to_out(image), attn.to_out_t(text)
+        return self.project_out(attn, image), out_by(self.core, "text_out", attn.to_out_t, text)
 
-    def stream(self, attn, hidden_states, suffix=""):
-        def module(name):
-            return getattr(attn, name + suffix)
-
-        projected = (module(name)(hidden_states) for name in ("to_q", "to_k", "to_v"))
-        return Stream(
-            *(t.unflatten(-1, (attn.heads, -1)) for t in projected), (module("q_rms_norm"), module("k_rms_norm"))
-        )
+    def stream(self, attn, hidden_states, suffix="", roles="qkv"):
+        modules = {role: getattr(attn, f"to_{role[-1]}{suffix}") for role in roles}
+        projected = project_by(self.core, modules, [hidden_states] * 3, attn.inner_dim // attn.heads)
+        return Stream(*projected, tuple(getattr(attn, f"{name}_rms_norm{suffix}") for name in "qk"))
 
 
 class MochiAttnProcessor(StreamAttnProcessor):
@@ -110,6 +112,7 @@ class MochiAttnProcessor(StreamAttnProcessor):
     """
 
     replaces = ("MochiAttnProcessor2_0",)
+    fixes_key_heads = True
 
     def forward(
         self,
@@ -119,7 +122,7 @@ class MochiAttnProcessor(StreamAttnProcessor):
         attention_mask: Tensor,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        streams = self.image(attn, hidden_states), text_stream(attn, encoder_hidden_states)
+        streams = self.image_stream(attn, hidden_states), self.text_stream(attn, encoder_hidden_states)
         lengths = [stream.q.shape[1] for stream in streams]
         kept = attention_mask.bool()
         mask = torch.cat((kept.new_ones(kept.shape[0], lengths[0]), kept), dim=1)[:, None, None, :]
@@ -133,11 +136,7 @@ class MochiAttnProcessor(StreamAttnProcessor):
 
         order = kept.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
         text = text.masked_fill(~kept[..., None], 0).gather(1, order[..., None].expand_as(text))
-        return project_out(attn, image), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
-
-    def image(self, attn, hidden_states):
-        projected = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
-        return Stream(*(t.unflatten(-1, (attn.heads, -1)) for t in projected), (attn.norm_q, attn.norm_k))
+        return self.project_out(attn, image), self.project_text_out(attn, text)
 
     def with_text(self, tables, text_length):
         """(N, H, D/2) to (1, N + text, H, D/2): the text is not rotated."""

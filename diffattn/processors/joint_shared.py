@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from diffattn.processors.base import broadcast_mask, project_heads
+from diffattn.processors.base import broadcast_mask
 from diffattn.processors.rotary import from_halves, from_pairs, join
-from diffattn.processors.streams import Stream, StreamAttnProcessor, join_streams, left, norms_of, project_out
+from diffattn.processors.streams import Stream, StreamAttnProcessor, join_streams, left, norms_of
 
 
 class CogVideoXAttnProcessor(StreamAttnProcessor):
@@ -27,13 +27,13 @@ class CogVideoXAttnProcessor(StreamAttnProcessor):
 
     def attend(self, attn, image, text, mask, rotary, cache=None):
         lengths = [text.shape[1], image.shape[1]]
-        joined = project_heads(attn, torch.cat((text, image), dim=1), None)
+        joined = self.project_heads(attn, torch.cat((text, image), dim=1))
         stream = Stream(*joined, norms_of(attn), join([None, rotary], lengths))
         q, k, v = join_streams(self.core, stream)
         if cache is not None:
             k, v = self.through(cache, k, v)
         out = self.core(q, k, v, mask=mask, **left(self.core, stream))
-        text, image = project_out(attn, out.flatten(2)).split(lengths, dim=1)
+        text, image = self.project_out(attn, out.flatten(2)).split(lengths, dim=1)
         return image, text
 
 

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
-from diffattn.processors.base import broadcast_mask, project_heads
+from diffattn.processors.base import broadcast_mask
+from diffattn.processors.projections import project_by
 from diffattn.processors.rotary import HeadRotary, heads_of
-from diffattn.processors.streams import StreamAttnProcessor, attend_across, norms_of, project_out
+from diffattn.processors.streams import StreamAttnProcessor, attend_across, norms_of
 
 
 class LTXAttnProcessor(StreamAttnProcessor):
     """LTX-Video: self-attention over video tokens, cross-attention to the text."""
 
     replaces = ("LTXVideoAttnProcessor",)
+    fixes_key_heads = True
 
     def forward(
         self,
@@ -22,13 +24,13 @@ class LTXAttnProcessor(StreamAttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         rotary = heads_of(image_rotary_emb, attn.heads)
-        return project_out(attn, self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, rotary))
+        return self.project_out(attn, self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, rotary))
 
     def attend(self, attn, hidden_states, context, mask, of_query, of_key=None):
         length = hidden_states.shape[1] if context is None else context.shape[1]
         mask = broadcast_mask(attn, mask, hidden_states.shape[0], length)
         rotate = None if of_query is None else (of_query, of_key)
-        q, k, v = project_heads(attn, hidden_states, context)
+        q, k, v = self.project_heads(attn, hidden_states, context)
         return attend_across(self.core, q, k, v, norms_of(attn), rotate, all_heads=True, mask=mask).flatten(2)
 
     @classmethod
@@ -53,7 +55,7 @@ class LTX2AttnProcessor(LTXAttnProcessor):
     ) -> Tensor:
         rotaries = (self.rotary(attn, t) for t in (query_rotary_emb, key_rotary_emb))
         out = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, *rotaries)
-        return project_out(attn, gate(attn, hidden_states, out))
+        return self.project_out(attn, gate(attn, hidden_states, out))
 
     def rotary(self, attn, tables):
         if tables is None or attn.rope_type == "interleaved":
@@ -82,13 +84,18 @@ class LTX2PerturbedAttnProcessor(LTX2AttnProcessor):
         if all_perturbed is None:
             all_perturbed = perturbation_mask is not None and bool((perturbation_mask == 0).all())
         if all_perturbed:
-            out = attn.to_v(context)
+            out = self.values(attn, context)
         else:
             rotaries = (self.rotary(attn, t) for t in (query_rotary_emb, key_rotary_emb))
             out = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, *rotaries)
             if perturbation_mask is not None:
-                out = torch.lerp(attn.to_v(context), out, perturbation_mask)
-        return project_out(attn, gate(attn, hidden_states, out))
+                out = torch.lerp(self.values(attn, context), out, perturbation_mask)
+        return self.project_out(attn, gate(attn, hidden_states, out))
+
+    def values(self, attn, context):
+        """(B, M, H D): what each head returns that attends to itself alone."""
+        (v,) = project_by(self.core, {"v": attn.to_v}, [context], attn.head_dim)
+        return v.repeat_interleave(attn.heads // v.shape[2], dim=2).flatten(2)
 
 
 def gate(attn, hidden_states: Tensor, out: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffattn.kernels import exporting
 from diffattn.processors.base import CoreAttnProcessor, norm_and_rotate, output, project_heads
+from diffattn.processors.projections import OWN, QKV
 from diffattn.processors.rotary import from_complex
 
 
@@ -14,6 +15,7 @@ class Lumina2AttnProcessor(CoreAttnProcessor):
     """Lumina 2's attention over text and image tokens in one stream."""
 
     replaces = ("Lumina2AttnProcessor2_0",)
+    hands_over = OWN
 
     def forward(
         self,
@@ -24,12 +26,13 @@ class Lumina2AttnProcessor(CoreAttnProcessor):
         image_rotary_emb: Tensor | None = None,
         base_sequence_length: int | None = None,
     ) -> Tensor:
-        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
+        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states, self.core)
         rotary = from_complex(image_rotary_emb)
         rotate = None if rotary is None else (rotary, rotary)
         q, k, rotate = norm_and_rotate(self.core, q, k, (attn.norm_q, attn.norm_k), rotate)
         q, scale = proportional_scale(attn, q, base_sequence_length)
-        return output(attn, self.core(q, k, v, mask=key_padding_mask(attention_mask), scale=scale, rotate=rotate))
+        out = self.core(q, k, v, mask=key_padding_mask(attention_mask), scale=scale, rotate=rotate)
+        return output(attn, out, self.core)
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -40,6 +43,8 @@ class LuminaNextAttnProcessor(CoreAttnProcessor):
     """Lumina-Next's self- and cross-attention; the block adds the two and projects out."""
 
     replaces = ("LuminaAttnProcessor2_0",)
+    hands_over = QKV  # the block projects out
+    fixes_key_heads = True
 
     def forward(
         self,
@@ -53,7 +58,7 @@ class LuminaNextAttnProcessor(CoreAttnProcessor):
     ) -> Tensor:
         if hidden_states.dim() == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
+        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states, self.core)
         rotate, base_length = None, None
         if query_rotary_emb is not None:
             rotary = from_complex(query_rotary_emb)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from diffattn.processors.base import CoreAttnProcessor, broadcast_mask, norm_and_rotate, output, project_heads
+from diffattn.processors.projections import OWN
 
 
 class PlainAttnProcessor(CoreAttnProcessor):
@@ -14,7 +15,7 @@ class PlainAttnProcessor(CoreAttnProcessor):
     """
 
     replaces = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "DreamLiteAttnProcessor2_0")
-    hands_over = True
+    hands_over = OWN
 
     def forward(
         self,

@@ -67,7 +67,7 @@ class SanaCrossAttnProcessor(PlainAttnProcessor):
     """Sana's softmax attention to the text: the plain block, normalizing queries and keys over all heads."""
 
     replaces = ("SanaAttnProcessor2_0",)
-    hands_over = False  # its norms run over all heads, whose number they fix
+    fixes_key_heads = True
 
     def forward(
         self,

@@ -1,19 +1,19 @@
 """One stream of tokens with rotary embedding: Z-Image, Krea 2, Ernie-Image, Flux 3, Ideogram 4, OmniGen, ..."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffattn.processors.base import normalize, project_heads
+from diffattn.cores import AttentionCore
+from diffattn.processors.base import normalize
+from diffattn.processors.projections import QKV, project_by
 from diffattn.processors.rotary import from_complex, from_halves, from_pairs
 from diffattn.processors.streams import (
     Stream,
     StreamAttnProcessor,
     attend,
     attend_across,
-    image_stream,
     mask_for,
     norms_of,
-    project_out,
     refuse,
 )
 
@@ -32,8 +32,8 @@ class ZImageAttnProcessor(StreamAttnProcessor):
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
         refuse(self, "attends within one stream", encoder_hidden_states=encoder_hidden_states)
-        stream = image_stream(attn, hidden_states, from_complex(freqs_cis))
-        return project_out(attn, attend(self.core, stream, mask=attention_mask).flatten(2))
+        stream = self.image_stream(attn, hidden_states, from_complex(freqs_cis))
+        return self.project_out(attn, attend(self.core, stream, mask=attention_mask).flatten(2))
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -54,9 +54,9 @@ class BriaFibo2AttnProcessor(StreamAttnProcessor):
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
         rotary = from_complex(freqs_cis)
-        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
+        q, k, v = self.project_heads(attn, hidden_states, encoder_hidden_states)
         out = attend_across(self.core, q, k, v, norms_of(attn), (rotary, rotary), mask=attention_mask)
-        return project_out(attn, out.flatten(2))
+        return self.project_out(attn, out.flatten(2))
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -79,12 +79,12 @@ class ErnieImageAttnProcessor(StreamAttnProcessor):
         attention_mask: Tensor | None = None,
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
-        q, k, v, norms, _ = image_stream(attn, hidden_states)
+        q, k, v, norms, _ = self.image_stream(attn, hidden_states)
         q, k = normalize(q, k, norms)
         if freqs_cis is not None:
             cos, sin = freqs_cis.cos().to(q.dtype), freqs_cis.sin().to(q.dtype)  # [B, N, 1, R]
             q, k = mix(q, cos, sin), mix(k, cos, sin)
-        return project_out(attn, self.core(q, k, v, mask=mask_for(attention_mask, q)).flatten(2))
+        return self.project_out(attn, self.core(q, k, v, mask=mask_for(attention_mask, q)).flatten(2))
 
 
 def mix(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -107,9 +107,9 @@ class Flux3AttnProcessor(StreamAttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        q, k, v, norms, rotary = image_stream(attn, hidden_states, from_pairs(image_rotary_emb))
+        q, k, v, norms, rotary = self.image_stream(attn, hidden_states, from_pairs(image_rotary_emb))
         stream = Stream(q.float(), k.float(), v, norms, rotary)
-        return project_out(attn, attend(self.core, stream, mask=attention_mask).flatten(2))
+        return self.project_out(attn, attend(self.core, stream, mask=attention_mask).flatten(2))
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -129,15 +129,19 @@ class Ideogram4AttnProcessor(StreamAttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        projected = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
-        q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in projected)
-        stream = Stream(q, k, v, norms_of(attn), from_halves(image_rotary_emb))
+        stream = Stream(*unfused(self.core, attn, hidden_states), norms_of(attn), from_halves(image_rotary_emb))
         out = attend(self.core, stream, mask=attention_mask).flatten(2)
-        return attn.to_out[0](out)
+        return self.project_out(attn, out)
 
     @classmethod
     def attends_to_itself(cls, name, attn):
         return False
+
+
+def unfused(core: AttentionCore, attn: nn.Module, hidden_states: Tensor):
+    """q, k and v of layers whose stock processor leaves fused projections alone."""
+    modules = {role: getattr(attn, name) for role, name in QKV.items()}
+    return project_by(core, modules, [hidden_states] * 3, attn.head_dim)
 
 
 class Krea2AttnProcessor(StreamAttnProcessor):
@@ -152,12 +156,10 @@ class Krea2AttnProcessor(StreamAttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        projected = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
+        stream = Stream(*unfused(self.core, attn, hidden_states), norms_of(attn), from_pairs(image_rotary_emb))
         gate = attn.to_gate(hidden_states)
-        q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in projected)
-        stream = Stream(q, k, v, norms_of(attn), from_pairs(image_rotary_emb))
         out = attend(self.core, stream, mask=attention_mask).flatten(2)
-        return attn.to_out[0](out * gate.sigmoid())
+        return self.project_out(attn, out * gate.sigmoid())
 
     @classmethod
     def heads(cls, attn):
@@ -183,9 +185,9 @@ class OmniGenAttnProcessor(StreamAttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         rotary = from_halves(image_rotary_emb)
-        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
+        q, k, v = self.project_heads(attn, hidden_states, encoder_hidden_states)
         out = attend_across(self.core, q, k, v, rotate=(rotary, rotary), mask=attention_mask)
-        return attn.to_out[0](out.flatten(2))
+        return self.project_out(attn, out.flatten(2))
 
     @classmethod
     def heads(cls, attn):
@@ -208,8 +210,8 @@ class MiniMaxH3AttnProcessor(StreamAttnProcessor):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        stream = image_stream(attn, hidden_states, from_halves(rotary_emb))
-        return project_out(attn, attend(self.core, stream, mask=attention_mask).flatten(2))
+        stream = self.image_stream(attn, hidden_states, from_halves(rotary_emb))
+        return self.project_out(attn, attend(self.core, stream, mask=attention_mask).flatten(2))
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -240,7 +242,7 @@ class QwenImage21AttnProcessor(StreamAttnProcessor):
         if not self.core.rotates_first:
             raise ValueError(f"core: {self.core} cannot attend to the blocks before; expected a softmax core")
         rotary = from_complex(rotary_emb)
-        q, k, v = project_heads(attn, hidden_states, None)
+        q, k, v = self.project_heads(attn, hidden_states)
         q, k = normalize(q, k, norms_of(attn), None if rotary is None else (rotary, rotary))
         q, k = q.to(v.dtype), k.to(v.dtype)
         if layer_cache is not None:
@@ -252,7 +254,7 @@ class QwenImage21AttnProcessor(StreamAttnProcessor):
             out = self.core(q, k, v, mask=mask_for(attention_mask, q))
         else:
             out = self.by_segments(q, k, v, segments, key_valid)
-        return project_out(attn, out.flatten(2))
+        return self.project_out(attn, out.flatten(2))
 
     def by_segments(self, q, k, v, segments, key_valid):
         prefix = segments[-1][1] if segments else 0

@@ -9,17 +9,45 @@ from diffattn.cores import AttentionCore, Rotary
 from diffattn.processors.base import (
     CoreAttnProcessor,
     along,
-    calls_fused,
     norm_and_rotate,
     normalize,
-    project_heads,
     refuse_other_than_tensor,
 )
+from diffattn.processors.projections import JOINT, out_by, project_added, project_heads
 from diffattn.processors.rotary import HeadRotary, attend_by_head, join
 
 
 class StreamAttnProcessor(CoreAttnProcessor):
-    """A processor of a transformer's own attention class: as many key/value heads as heads, unless it says more."""
+    """A processor of a transformer's own attention class: as many key/value heads as heads, unless it says more.
+
+    One whose `forward` calls modules of those names by itself sets `hands_over` to what it does hand over.
+    """
+
+    hands_over = JOINT
+
+    def project_heads(self, attn, hidden_states: Tensor, context: Tensor | None = None):
+        """q, k, v, each (B, N, H, D), by the layer's projections or the core's own; `context` is for keys, values."""
+        return project_heads(attn, hidden_states, context, self.core)
+
+    def image_stream(self, attn, hidden_states: Tensor, rotary=None) -> "Stream":
+        """The tokens that `to_q`, `to_k`, `to_v` (or `to_qkv`) project, and the layer's norms."""
+        return Stream(*self.project_heads(attn, hidden_states), norms_of(attn), rotary)
+
+    def text_stream(self, attn, hidden_states: Tensor, rotary=None) -> "Stream":
+        """The tokens that `add_q_proj`, `add_k_proj`, `add_v_proj` (or `to_added_qkv`) project, and their norms."""
+        projected = project_added(attn, hidden_states, self.core)
+        return Stream(*projected, (attn.norm_added_q, attn.norm_added_k), rotary)
+
+    def project_out(self, attn, hidden_states: Tensor) -> Tensor:
+        """The output projection of merged heads (B, N, H D), and the dropout behind it, of layers that have one."""
+        return self._project_out("out", getattr(attn, "to_out", None), hidden_states)
+
+    def project_text_out(self, attn, hidden_states: Tensor) -> Tensor:
+        """`project_out` of text, by `to_add_out`."""
+        return self._project_out("text_out", getattr(attn, "to_add_out", None), hidden_states)
+
+    def _project_out(self, role, module, hidden_states):
+        return hidden_states if module is None else out_by(self.core, role, module, hidden_states)
 
     @classmethod
     def heads(cls, attn):
@@ -90,31 +118,6 @@ def left(core: AttentionCore, *streams: Stream) -> dict:
 
 def norms_of(attn: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     return attn.norm_q, attn.norm_k
-
-
-def image_stream(attn: nn.Module, hidden_states: Tensor, rotary=None) -> Stream:
-    """`to_q`, `to_k`, `to_v` (or `to_qkv`) and the layer's norms."""
-    return Stream(*project_heads(attn, hidden_states, None), norms_of(attn), rotary)
-
-
-def text_stream(attn: nn.Module, hidden_states: Tensor, rotary=None) -> Stream:
-    """`add_q_proj`, `add_k_proj`, `add_v_proj` (or `to_added_qkv`) and the norms for added tokens."""
-    if calls_fused(attn):
-        projected = attn.to_added_qkv(hidden_states).chunk(3, dim=-1)
-    else:
-        projected = (attn.add_q_proj(hidden_states), attn.add_k_proj(hidden_states), attn.add_v_proj(hidden_states))
-    head_dim = attn.head_dim if hasattr(attn, "head_dim") else attn.inner_dim // attn.heads
-    q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in projected)
-    return Stream(q, k, v, (attn.norm_added_q, attn.norm_added_k), rotary)
-
-
-def project_out(attn: nn.Module, hidden_states: Tensor) -> Tensor:
-    """The output projection of merged heads (B, N, H D), and the dropout behind it if there is one."""
-    if isinstance(attn.to_out, nn.ModuleList):
-        for module in attn.to_out:
-            hidden_states = module(hidden_states)
-        return hidden_states
-    return attn.to_out(hidden_states)
 
 
 def mask_for(mask: Tensor | None, q: Tensor) -> Tensor | None:

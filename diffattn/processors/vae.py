@@ -4,15 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffattn.processors.base import broadcast_mask, normalize, output, project_heads
+from diffattn.processors.base import broadcast_mask, normalize, output
+from diffattn.processors.projections import NOTHING
 from diffattn.processors.rotary import from_halves
-from diffattn.processors.streams import Stream, StreamAttnProcessor, attend, causal_mask, norms_of, project_out
+from diffattn.processors.streams import Stream, StreamAttnProcessor, attend, causal_mask, norms_of
 
 
 class CosmosSpatialAttnProcessor(StreamAttnProcessor):
     """The Cosmos VAE's attention within each frame; its projections are convolutions over (B, C, T, H, W)."""
 
     replaces = ("CosmosSpatialAttentionProcessor2_0",)
+    hands_over = NOTHING
 
     def forward(self, attn, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.attend(attn, hidden_states, attention_mask, (0, 2, 3, 4, 1), dim=2)
@@ -26,7 +28,7 @@ class CosmosSpatialAttnProcessor(StreamAttnProcessor):
         q, k, v = (t.flatten(dim, 3).flatten(0, dim - 1).unflatten(-1, (heads, -1)) for t in (q, k, v))
         out = self.core(q, k, v, mask=mask).flatten(2).reshape(shape)
         inverse = [order.index(i) for i in range(5)]
-        return project_out(attn, out.permute(inverse)) + hidden_states
+        return self.project_out(attn, out.permute(inverse)) + hidden_states
 
     @classmethod
     def heads(cls, attn):
@@ -46,6 +48,7 @@ class MochiVaeAttnProcessor(StreamAttnProcessor):
     """The Mochi VAE's causal attention along time; of a single frame, the values are all that is left."""
 
     replaces = ("MochiVaeAttnProcessor2_0",)
+    hands_over = NOTHING
 
     def forward(
         self,
@@ -55,15 +58,15 @@ class MochiVaeAttnProcessor(StreamAttnProcessor):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         if hidden_states.shape[1] == 1:
-            out = project_out(attn, attn.to_v(hidden_states))
+            out = self.project_out(attn, attn.to_v(hidden_states))
         else:
             length = hidden_states.shape[1] if encoder_hidden_states is None else encoder_hidden_states.shape[1]
             mask = broadcast_mask(attn, attention_mask, hidden_states.shape[0], length)
-            q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
+            q, k, v = self.project_heads(attn, hidden_states, encoder_hidden_states)
             q, k = normalize(q, k, norms_of(attn))
             if attn.is_causal:
                 mask = causal_mask(q)
-            out = output(attn, self.core(q, k, v, mask=mask))
+            out = output(attn, self.core(q, k, v, mask=mask), self.core)
         if attn.residual_connection:
             out = out + hidden_states
         return out / attn.rescale_output_factor
@@ -73,10 +76,11 @@ class MiniMaxH3VideoAttnProcessor(StreamAttnProcessor):
     """The decoder of MiniMax-H3's video autoencoder: part of the features rotated."""
 
     replaces = ("MiniMaxH3VideoAttnProcessor",)
+    hands_over = NOTHING  # its block asks the layer's own for their dtype
 
     def forward(self, attn, hidden_states: Tensor, rotary_emb: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        stream = Stream(*project_heads(attn, hidden_states, None), norms_of(attn), from_halves(rotary_emb))
-        return attn.to_out[0](attend(self.core, stream).flatten(2))
+        stream = Stream(*self.project_heads(attn, hidden_states), norms_of(attn), from_halves(rotary_emb))
+        return self.project_out(attn, attend(self.core, stream).flatten(2))
 
 
 class MiniMaxH3AudioAttnProcessor(StreamAttnProcessor):
@@ -110,6 +114,7 @@ class PairBiasAttnProcessor(StreamAttnProcessor):
     """RFD4-Proteina: a bias for each pair of tokens, a gate on the output."""
 
     replaces = ("RFD4ProteinaPairAttnProcessor",)
+    hands_over = NOTHING
     kept = "adds a bias to each pair of tokens"
 
     def forward(self, attn, hidden_states: Tensor, pairs: Tensor | None, mask: Tensor) -> Tensor:

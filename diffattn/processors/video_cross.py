@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from diffattn.cores import Rotary
-from diffattn.processors.base import broadcast_mask, output, project_heads
+from diffattn.processors.base import broadcast_mask, output
 from diffattn.processors.plain import PlainAttnProcessor
+from diffattn.processors.projections import head_dim_of, out_by, project_by
 from diffattn.processors.rotary import from_halves, from_matrices, from_pairs
-from diffattn.processors.streams import StreamAttnProcessor, attend_across, norms_of, project_out, refuse
+from diffattn.processors.streams import StreamAttnProcessor, attend_across, norms_of, refuse
 
 
 class HunyuanDiTAttnProcessor(PlainAttnProcessor):
@@ -45,14 +46,14 @@ class AllegroAttnProcessor(StreamAttnProcessor):
         refuse(self, "has no norm that would take it", temb=temb)
         length = hidden_states.shape[1] if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         mask = broadcast_mask(attn, attention_mask, hidden_states.shape[0], length)
-        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
+        q, k, v = self.project_heads(attn, hidden_states, encoder_hidden_states)
         rotate = None
         if image_rotary_emb is not None and not attn.is_cross_attention:
             # Bring the two features of each pair together: q.k does not change if both are permuted alike.
             q, k = (t.unflatten(-1, (3, 2, -1)).transpose(-1, -2).flatten(-3) for t in (q, k))
             rotary = by_position(*image_rotary_emb)
             rotate = (rotary, rotary)
-        return output(attn, attend_across(self.core, q, k, v, rotate=rotate, mask=mask))
+        return output(attn, attend_across(self.core, q, k, v, rotate=rotate, mask=mask), self.core)
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -80,11 +81,11 @@ class CosmosAttnProcessor(StreamAttnProcessor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         out = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        return project_out(attn, out)
+        return self.project_out(attn, out)
 
     def attend(self, attn, hidden_states, context, mask, tables):
         rotary = from_halves(tables)
-        q, k, v = project_heads(attn, hidden_states, context)
+        q, k, v = self.project_heads(attn, hidden_states, context)
         return attend_across(self.core, q, k, v, norms_of(attn), (rotary, rotary), mask=mask).flatten(2)
 
     @classmethod
@@ -117,7 +118,10 @@ class CosmosImageAttnProcessor(CosmosAttnProcessor):
             q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in (q, k, v))
             norms = (attn.q_img_norm, attn.k_img_norm)
             out = out + attend_across(self.core, q, k, v, norms, mask=of_image).flatten(2)
-        return project_out(attn, out)
+        return self.project_out(attn, out)
+
+
+KANDINSKY = {"q": "to_query", "k": "to_key", "v": "to_value", "out": "out_layer"}
 
 
 class Kandinsky5AttnProcessor(StreamAttnProcessor):
@@ -127,6 +131,7 @@ class Kandinsky5AttnProcessor(StreamAttnProcessor):
     """
 
     replaces = ("Kandinsky5AttnProcessor",)
+    hands_over = KANDINSKY
 
     def forward(
         self,
@@ -138,11 +143,12 @@ class Kandinsky5AttnProcessor(StreamAttnProcessor):
     ) -> Tensor:
         refuse(self, "is dense; unpatch for sparse (NABLA) attention", sparse_params=sparse_params)
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = attn.to_query(hidden_states), attn.to_key(source), attn.to_value(source)
-        q, k, v = (t.unflatten(-1, (attn.num_heads, -1)) for t in (q, k, v))
+        modules = {"q": attn.to_query, "k": attn.to_key, "v": attn.to_value}
+        q, k, v = project_by(self.core, modules, (hidden_states, source, source), head_dim_of(attn, attn.num_heads))
         rotary = from_matrices(rotary_emb)
         norms = (attn.query_norm, attn.key_norm)
-        return attn.out_layer(attend_across(self.core, q, k, v, norms, (rotary, rotary)).flatten(2))
+        out = attend_across(self.core, q, k, v, norms, (rotary, rotary)).flatten(2)
+        return out_by(self.core, "out", attn.out_layer, out)
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -153,6 +159,7 @@ class Kandinsky6AttnProcessor(StreamAttnProcessor):
     """Kandinsky 6: text, video and sound attend to themselves and to each other."""
 
     replaces = ("Kandinsky6AttnProcessor",)
+    hands_over = KANDINSKY
     kept = "attends to text, or to the other of video and sound"
 
     def forward(
@@ -165,13 +172,13 @@ class Kandinsky6AttnProcessor(StreamAttnProcessor):
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = attn.to_query(hidden_states), attn.to_key(source), attn.to_value(source)
-        q, k, v = (t.unflatten(-1, (attn.num_heads, -1)) for t in (q, k, v))
+        modules = {"q": attn.to_query, "k": attn.to_key, "v": attn.to_value}
+        q, k, v = project_by(self.core, modules, (hidden_states, source, source), head_dim_of(attn, attn.num_heads))
         of_query = from_matrices(rotary_emb)
         of_key = of_query if rotary_emb_kv is rotary_emb else from_matrices(rotary_emb_kv)
         norms = (attn.query_norm, attn.key_norm)
         out = attend_across(self.core, q, k, v, norms, (of_query, of_key), mask=attn_mask)
-        return attn.out_layer(out.flatten(2))
+        return out_by(self.core, "out", attn.out_layer, out.flatten(2))
 
     @classmethod
     def attends_to_itself(cls, name, attn):

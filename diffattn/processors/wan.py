@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from diffattn.processors.base import normalize, project_heads
+from diffattn.processors.base import normalize
+from diffattn.processors.projections import OWN
 from diffattn.processors.rotary import from_complex, from_pairs
-from diffattn.processors.streams import StreamAttnProcessor, attend_across, mask_for, norms_of, project_out
+from diffattn.processors.streams import StreamAttnProcessor, attend_across, mask_for, norms_of
 
 TEXT_TOKENS = 512  # Wan's cross-attention takes the last 512 tokens for text, those before for an image
 
@@ -14,6 +15,8 @@ class WanAttnProcessor(StreamAttnProcessor):
     """Wan, ChronoEdit, VACE, SkyReels: cross-attention may add attention to an image's tokens."""
 
     replaces = ("WanAttnProcessor", "SkyReelsV2AttnProcessor")
+    hands_over = OWN
+    fixes_key_heads = True
 
     def forward(
         self,
@@ -28,9 +31,9 @@ class WanAttnProcessor(StreamAttnProcessor):
             image, text = encoder_hidden_states[:, :of_image], encoder_hidden_states[:, of_image:]
             return attend_to_image_too(self, attn, hidden_states, text, image, attention_mask)
         rotary = from_pairs(rotary_emb)
-        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
+        q, k, v = self.project_heads(attn, hidden_states, encoder_hidden_states)
         out = attend_across(self.core, q, k, v, norms_of(attn), (rotary, rotary), all_heads=True, mask=attention_mask)
-        return project_out(attn, out.flatten(2))
+        return self.project_out(attn, out.flatten(2))
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -40,7 +43,7 @@ class WanAttnProcessor(StreamAttnProcessor):
 
 def attend_to_image_too(processor, attn, hidden_states, text, image, mask=None) -> Tensor:
     """Cross-attention to text and, by keys and values of their own, to image tokens; the two are added."""
-    q, k, v = project_heads(attn, hidden_states, text)
+    q, k, v = processor.project_heads(attn, hidden_states, text)
     q, k = normalize(q, k, norms_of(attn), all_heads=True)
     out = processor.core(q, k, v, mask=mask_for(mask, q))
     if getattr(attn, "fused_projections", False):
@@ -49,13 +52,14 @@ def attend_to_image_too(processor, attn, hidden_states, text, image, mask=None) 
         k, v = attn.add_k_proj(image), attn.add_v_proj(image)
     k, v = (t.unflatten(-1, (-1, q.shape[-1])) for t in (attn.norm_added_k(k), v))
     out = out + processor.core(q, k.to(v.dtype), v)
-    return project_out(attn, out.flatten(2))
+    return processor.project_out(attn, out.flatten(2))
 
 
 class HeliosAttnProcessor(StreamAttnProcessor):
     """Helios: history and current tokens in one stream; it can learn to weigh the history's keys."""
 
     replaces = ("HeliosAttnProcessor",)
+    fixes_key_heads = True
 
     def forward(
         self,
@@ -67,7 +71,7 @@ class HeliosAttnProcessor(StreamAttnProcessor):
         original_context_length: int | None = None,
     ) -> Tensor:
         rotary = from_pairs(None if rotary_emb is None else rotary_emb.chunk(2, dim=-1))
-        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
+        q, k, v = self.project_heads(attn, hidden_states, encoder_hidden_states)
         rotate = None if rotary is None else (rotary, rotary)
         first = self.core.rotates_first
         q, k = normalize(q, k, norms_of(attn), rotate if first else None, all_heads=True)
@@ -77,7 +81,7 @@ class HeliosAttnProcessor(StreamAttnProcessor):
             factor = 1 + attn.history_key_scale.sigmoid() * (attn.max_scale - 1)
             k = torch.cat((k[:, :history] * factor.view(1, 1, -1, 1), k[:, history:]), dim=1)
         out = self.core(q, k.to(v.dtype), v, mask=mask_for(attention_mask, q), rotate=None if first else rotate)
-        return project_out(attn, out.flatten(2))
+        return self.project_out(attn, out.flatten(2))
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -88,6 +92,7 @@ class AnyFlowAttnProcessor(StreamAttnProcessor):
     """AnyFlow's bidirectional self-attention."""
 
     replaces = ("AnyFlowAttnProcessor",)
+    fixes_key_heads = True
 
     def forward(
         self,
@@ -102,9 +107,9 @@ class AnyFlowAttnProcessor(StreamAttnProcessor):
             query, key = rotary_emb["query"], rotary_emb["key"]
             of_query = by_token(query)
             rotate = (of_query, of_query if key is query else by_token(key))
-        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
+        q, k, v = self.project_heads(attn, hidden_states, encoder_hidden_states)
         out = attend_across(self.core, q, k, v, norms_of(attn), rotate, all_heads=True, mask=attention_mask)
-        return project_out(attn, out.flatten(2))
+        return self.project_out(attn, out.flatten(2))
 
 
 def by_token(freqs: Tensor):
@@ -116,6 +121,7 @@ class AnyFlowCrossAttnProcessor(StreamAttnProcessor):
     """AnyFlow's attention to the text."""
 
     replaces = ("AnyFlowCrossAttnProcessor",)
+    fixes_key_heads = True
 
     def forward(
         self,
@@ -124,9 +130,9 @@ class AnyFlowCrossAttnProcessor(StreamAttnProcessor):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
+        q, k, v = self.project_heads(attn, hidden_states, encoder_hidden_states)
         out = attend_across(self.core, q, k, v, norms_of(attn), all_heads=True, mask=attention_mask)
-        return project_out(attn, out.flatten(2))
+        return self.project_out(attn, out.flatten(2))
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -137,6 +143,8 @@ class WanAnimate2CrossAttnProcessor(StreamAttnProcessor):
     """Wan-Animate 2's attention to text and image, which come apart."""
 
     replaces = ("WanAnimate2CrossAttnProcessor",)
+    hands_over = OWN
+    fixes_key_heads = True
 
     def forward(
         self,
@@ -147,9 +155,9 @@ class WanAnimate2CrossAttnProcessor(StreamAttnProcessor):
     ) -> Tensor:
         if encoder_hidden_states_image is not None:
             return attend_to_image_too(self, attn, hidden_states, encoder_hidden_states, encoder_hidden_states_image)
-        q, k, v = project_heads(attn, hidden_states, encoder_hidden_states)
+        q, k, v = self.project_heads(attn, hidden_states, encoder_hidden_states)
         out = attend_across(self.core, q, k, v, norms_of(attn), all_heads=True)
-        return project_out(attn, out.flatten(2))
+        return self.project_out(attn, out.flatten(2))
 
     @classmethod
     def attends_to_itself(cls, name, attn):
@@ -160,6 +168,7 @@ class WanAnimateFaceAttnProcessor(StreamAttnProcessor):
     """Wan-Animate: the tokens of each frame attend to that frame's face tokens."""
 
     replaces = ("WanAnimateFaceBlockAttnProcessor",)
+    hands_over = OWN
     kept = "attends to a face"
 
     def forward(
@@ -171,11 +180,11 @@ class WanAnimateFaceAttnProcessor(StreamAttnProcessor):
     ) -> Tensor:
         hidden_states, faces = attn.pre_norm_q(hidden_states), attn.pre_norm_kv(encoder_hidden_states)
         batch, frames = faces.shape[:2]
-        q, k, v = project_heads(attn, hidden_states, faces.flatten(1, 2))
+        q, k, v = self.project_heads(attn, hidden_states, faces.flatten(1, 2))
         q, k = normalize(q, k, norms_of(attn))
         q, k, v = (t.unflatten(1, (frames, -1)).flatten(0, 1) for t in (q, k, v))  # [B T, N / T, H, D]
         out = self.core(q, k.to(v.dtype), v).flatten(2)
-        out = attn.to_out(out.unflatten(0, (batch, frames)).flatten(1, 2))
+        out = self.project_out(attn, out.unflatten(0, (batch, frames)).flatten(1, 2))
         return out if attention_mask is None else out * attention_mask.flatten(1)
 
     @classmethod

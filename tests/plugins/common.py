@@ -47,6 +47,7 @@ PATCHES = {
     "unet-linfusion": (UNET, lambda: "linfusion", False),
     "flux-softmax": (FLUX, diffattn.SoftmaxAttention, True),
     "flux-learned": (FLUX, functools.partial(learned, 16), False),
+    "flux-mqa": (FLUX, lambda: "mqa", False),
     "sana-exact": (SANA, lambda: None, True),
 }
 

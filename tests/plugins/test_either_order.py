@@ -135,7 +135,9 @@ PLUGINS = [
     Plugin("group_offload-block", offload_blocks, remove_group_offload, acts=False),
     Plugin("group_offload-leaf", offload_leaves, remove_group_offload, acts=False),
     # Pooled weights: of rounded ones, or rounded themselves.
-    Plugin("layerwise_casting", layerwise_casting, models=tuple(name for name in PATCHES if name != "unet-mqa")),
+    Plugin(
+        "layerwise_casting", layerwise_casting, models=tuple(name for name in PATCHES if not name.endswith("-mqa"))
+    ),
     Plugin("gradient_checkpointing", lambda m, t: m.enable_gradient_checkpointing(), acts=False),
     Plugin("freeu", free_u, lambda m: m.disable_freeu(), models=UNETS),
     Plugin("channels_last", channels_last, acts=False, models=UNETS),

@@ -65,7 +65,7 @@ def acts_as_on_stock(tiny, make, core, exact, bar=1e-5):
 
 
 #: Cores that own projections pool or copy the weights that are there when they are made: tests of conversions.
-CALLED = [name for name in PATCHES if name not in ("unet-mqa", "unet-linfusion")]
+CALLED = [name for name in PATCHES if not name.endswith(("-mqa", "-linfusion"))]
 
 
 @pytest.mark.parametrize("patch", CALLED)
