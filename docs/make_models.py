@@ -30,8 +30,8 @@ what real ones gain is in the README.
 - **converted**: layers that `patch(model, "linear")` and `patch(model, "mqa")` take by default; `layers=` takes more.
   `"mqa"` makes key and value projections of the core's own, which `diffattn.finalize` keeps alone. Outputs of the
   layer's are pooled of keys where norms or rotations need all heads (Wan and its kin, LTX, HiDream, Mochi,
-  Lumina-Next, LongCat-Audio), of both where one module makes q, k and v (Flux 2's single-stream blocks, JoyImage, Stable Audio 3);
-  `print(handle)` says so.
+  Lumina-Next, LongCat-Audio), of both where one module makes q, k and v (Flux 2's single-stream blocks, JoyImage,
+  Stable Audio 3); `print(handle)` says so.
 - **padding**: text behind the mask reaches no image token, with a softmax and with a linear core. `pairs`: a mask over
   pairs of tokens, which a linear core refuses with an error.
 - **compile**: each of its processors is one graph under `torch.compile(fullgraph=True)`.
