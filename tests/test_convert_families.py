@@ -313,6 +313,31 @@ def test_distillation_trains_every_projection(tiny, train):
         assert error(out(tiny, model), changed) <= 1e-5 < error(changed, expected)
 
 
+@some_families
+@pytest.mark.parametrize("core", ["mqa", "linfusion"])
+def test_both_stages_of_distillation_lower_their_loss(tiny, core):
+    from diffattn.distill.pair import Pair
+    from diffattn.distill.settings import Settings
+    from diffattn.distill.trainable import make_trainable
+
+    model = tiny.model().requires_grad_(False)
+    handle = diffattn.patch(model, core)
+    make_trainable(handle, Settings(train="projections"))
+    pair, inputs = Pair(model, handle), tiny.inputs(Rand(torch.Generator().manual_seed(1)))
+    stages = [lambda: pair.layer_losses(inputs).mean(), lambda: sum(part.mean() for part in pair.model_losses(inputs))]
+    learns = [p for p in model.parameters() if p.requires_grad]
+    for loss in stages:
+        optimizer = torch.optim.Adam(learns, lr=1e-4)  # small: each step has to go down
+        losses = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            step = loss()
+            step.backward()
+            losses.append(step.item())
+            optimizer.step()
+        assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+
+
 @pytest.mark.onnx
 @pytest.mark.parametrize("tiny", [FLUX, WAN], ids=str)
 def test_converted_models_export(tiny, tmp_path):
