@@ -170,7 +170,8 @@ def frame_delta_rule_scan_kernel(
 
     first = back * (T - 1)
     i_frame = ((i_b * T + first) * n_heads + i_h).to(tl.int64)
-    x = tl.load(p_y + i_frame * SIZE + r_x, mask=m_x & (back == 0), other=0.0)
+    starts = (o_d < tl.where(back == 0, D, 0))[:, None]  # by rows: Triton 3.9 interprets no scalar mask
+    x = tl.load(p_y + i_frame * SIZE + r_x, mask=m_x & starts, other=0.0)
     tl.store(p_x + i_frame * SIZE + r_x, x, mask=m_x)
     for i in tl.range(1, T, num_stages=STAGES):
         step = tl.where(back == 1, T - i, i)
