@@ -26,7 +26,8 @@ class SoftmaxAttention(AttentionCore):
         check_mask(mask, q, k)
         check_scale(scale)
         q, k = rotate_heads(q, k, rotate)
-        grouped = bool(k.shape[2] != q.shape[2])  # torch.jit.trace has tensors for sizes
+        # torch.jit.trace has tensors for sizes, and torch 2.6's dynamo numbers that bool() refuses: both take an `if`
+        grouped = True if k.shape[2] != q.shape[2] else False
         if self.dispatch is not None:
             return self.dispatch(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
