@@ -15,6 +15,7 @@ of the last state with its gradient: each pair of tokens counts in the steps bet
 
 import torch
 
+from diffattn.kernels._launch import PARTS, Launch, aligned, cdiv, multiprocessors, on_device, padded
 from diffattn.kernels.causal_linear_attention.reference import split_state
 from diffattn.kernels.causal_linear_attention.triton_channels import causal_linear_attention_channels_kernel
 from diffattn.kernels.causal_linear_attention.triton_frames import causal_linear_attention_frames_kernel
@@ -24,15 +25,6 @@ from diffattn.kernels.causal_linear_attention.triton_scan import (
     causal_linear_attention_scan_kernel,
 )
 from diffattn.kernels.causal_linear_attention.triton_walk import causal_linear_attention_walk_kernel
-from diffattn.kernels.linear_attention.triton import (
-    PARTS,
-    Launch,
-    _aligned,
-    _cdiv,
-    _multiprocessors,
-    _on_device,
-    _padded,
-)
 
 # By kernel, then by the padded width of a tile: the first entry at least as wide is taken.
 CONFIGS = {
@@ -57,20 +49,20 @@ def _launch(kernel: str, width: int, dtype: torch.dtype, block: int) -> Launch:
     if dtype == torch.float32:
         launch = launch._replace(block=max(16, launch.block // 2), stages=1)
     if kernel == "frames":
-        launch = launch._replace(block=min(launch.block, _padded(block)))
+        launch = launch._replace(block=min(launch.block, padded(block)))
     return launch
 
 
 def _segments(launch: Launch, heads: int, steps: int, device: torch.device) -> int:
     """How many segments to cut `steps` tiles of each of `heads` heads into, so that all finish soonest."""
-    slots = _multiprocessors(device) * launch.resident
+    slots = multiprocessors(device) * launch.resident
 
     def finish(n):
-        waves = _cdiv(heads * n, slots) * (_cdiv(steps, n) + STEPS_PER_PROGRAM)
+        waves = cdiv(heads * n, slots) * (cdiv(steps, n) + STEPS_PER_PROGRAM)
         return waves if n == 1 else waves * SEGMENTED_COST
 
     n = min((n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= max(1, steps)), key=finish)
-    return _cdiv(steps, _cdiv(steps, n))
+    return cdiv(steps, cdiv(steps, n))
 
 
 def _states(parts: torch.Tensor, transpose: bool = False) -> torch.Tensor:
@@ -125,29 +117,29 @@ def _walk(
         "channels": causal_linear_attention_channels_kernel,
         "walk": causal_linear_attention_walk_kernel,
     }[name]
-    width = max(_padded(D), _padded(E))
+    width = max(padded(D), padded(E))
     # Tiles of one swizzle, which is that of 64 elements for all wider ones: of two, ptxas 12.8 mixes up the addresses.
-    BD = max(_padded(D), min(width, 64))
+    BD = max(padded(D), min(width, 64))
     limit = STATE_BLOCK[2 if dtype == torch.bfloat16 else 4] // (2 if name == "frames" and rate else 1)
-    BE = max(min(width, 64), min(_padded(E), limit // BD))
-    e_blocks = _cdiv(E, BE)
+    BE = max(min(width, 64), min(padded(E), limit // BD))
+    e_blocks = cdiv(E, BE)
     rates = empty(0)
     if rate:
         rates = empty(e_blocks, B, N, H) if kind == 1 else empty(B, N, H, E)
     launch = _launch(name, width, dtype, block)
-    steps = _cdiv(N, launch.block) if block == 1 else N // block
+    steps = cdiv(N, launch.block) if block == 1 else N // block
     n_segments = _segments(launch, B * H * e_blocks, steps, device)
     # A state that several programs read none of them may write: then the scan does.
     shared = final is not None and (H != Hk or (norm and e_blocks > 1 and final is init))
     segmented = n_segments > 1 or shared
-    segment = _cdiv(steps, n_segments) * (launch.block if block == 1 else 1)
+    segment = cdiv(steps, n_segments) * (launch.block if block == 1 else 1)
     group_q, group_k = H // Hq, H // Hk
     Hg = decay.shape[2] if decay is not None else H
     decay_strides = (0, 0, 0, 0) if decay is None else decay.stride()
     constants = dict(
         D=D, E=E, BD=BD, BE=BE, BN=launch.block, MAP_Q=maps[0], MAP_K=maps[1], MAP_V=maps[2], MAP_X=map_x,
         X=x is not None, DECAY=kind, FLIP=flip, POST=post, STRICT=strict, ADD=onto is not None, NORM=norm, WEIGH=weigh,
-        BIAS=bool(weigh) and b is not None, ALIGN=_aligned(q, k, v, *(() if x is None else (x,))), PARTS=PARTS[dtype],
+        BIAS=bool(weigh) and b is not None, ALIGN=aligned(q, k, v, *(() if x is None else (x,))), PARTS=PARTS[dtype],
         STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     x = q if x is None else x
@@ -159,7 +151,7 @@ def _walk(
             N, heads, n_segments, segment, block, group_q, group_k, group_g, eps, **constants, **flags,
         )  # fmt: skip
 
-    with _on_device(q):
+    with on_device(q):
         first = init
         if segmented:
             first = empty(B, Hk, n_segments, size)
@@ -169,7 +161,7 @@ def _walk(
             run(Hk, max(1, Hk // Hq), 1, group_g, first, first, total, OUT=False, INIT=False, SAVE=True,
                 RATE=0, RESIDUAL=0)  # fmt: skip
             width = 256
-            causal_linear_attention_scan_kernel[(B * Hk, _cdiv(size, width))](
+            causal_linear_attention_scan_kernel[(B * Hk, cdiv(size, width))](
                 first, total, first if init is None else init, first if final is None else final, n_segments,
                 D, E, SIZE=size, DECAY=kind, INIT=init is not None, SAVE=final is not None, BX=width, num_warps=4,
             )  # fmt: skip
@@ -204,7 +196,7 @@ def causal_linear_attention_fwd(q, k, v, decay, state, final, feature_map, norma
 
 def recurrent_fits(D: int, E: int, normalize: bool) -> bool:
     """Whether one program holds a state, or what it holds can be cut."""
-    return _padded(D) * (_padded(E) if normalize else 16) <= RECURRENT_STATE
+    return padded(D) * (padded(E) if normalize else 16) <= RECURRENT_STATE
 
 
 def causal_linear_attention_recurrent(q, k, v, decay, state, final, feature_map, normalize, eps, block):
@@ -217,13 +209,13 @@ def causal_linear_attention_recurrent(q, k, v, decay, state, final, feature_map,
             final.copy_(state) if state is not None else final.zero_()
         return o
     decay = _steps_first(decay, B, N // block)
-    BD, BE = _padded(D), _padded(E)
+    BD, BE = padded(D), padded(E)
     if not normalize:
         # columns of the state are independent: more programs read it sooner
         BE = min(BE, max(16, 2048 // BD))
     some = o if state is None else state
-    with _on_device(q):
-        causal_linear_attention_recurrent_kernel[(B * kv_heads, _cdiv(E, BE))](
+    with on_device(q):
+        causal_linear_attention_recurrent_kernel[(B * kv_heads, cdiv(E, BE))](
             q, k, v, q if decay is None else decay, some, some if final is None else final, o,
             *q.stride(), *k.stride(), *v.stride(), *((0,) * 4 if decay is None else decay.stride()),
             N // block, block, kv_heads, H // kv_heads, eps, D=D, E=E, BD=BD, BE=BE, MAP=feature_map,
@@ -303,10 +295,10 @@ def _quotient(grad, out, residual, inverse):
     b = torch.empty_like(inverse)
     if b.numel() == 0 or E == 0:
         return b.zero_()
-    BE = _padded(E)
+    BE = padded(E)
     BN = max(1, 4096 // BE)
-    with _on_device(out):
-        causal_linear_attention_quotient_kernel[(_cdiv(N, BN), B * H)](
+    with on_device(out):
+        causal_linear_attention_quotient_kernel[(cdiv(N, BN), B * H)](
             grad, out, residual, inverse, b, *grad.stride(), N, H, E=E, BE=BE, BN=BN,
             RESIDUAL=2 if residual.numel() else 1, num_warps=4,
         )  # fmt: skip

@@ -3,21 +3,13 @@
 import torch
 
 from diffattn.kernels._backend import small_shared_memory
+from diffattn.kernels._launch import PARTS, Launch, aligned, cdiv, on_device, padded
 from diffattn.kernels.frame_delta_rule.triton_frames import (
     frame_delta_rule_output_kernel,
     frame_delta_rule_products_kernel,
     frame_delta_rule_scan_kernel,
 )
-from diffattn.kernels.linear_attention.triton import (
-    PARTS,
-    STATE_BLOCK,
-    Launch,
-    _aligned,
-    _cdiv,
-    _launch,
-    _on_device,
-    _padded,
-)
+from diffattn.kernels.linear_attention.triton import STATE_BLOCK, choose_launch
 
 
 def _products_launch(width: int, dtype: torch.dtype, small: bool) -> Launch:
@@ -43,14 +35,14 @@ def frame_delta_rule_fwd(q, k, v, beta, kept, cos, sin, normalize, scale, eps):
     o = torch.empty(B, N, H, E, dtype=q.dtype, device=q.device)
     if o.numel() == 0:
         return o
-    BD, width = _padded(D), max(_padded(D), _padded(E))
+    BD, width = padded(D), max(padded(D), padded(E))
     parts, small = PARTS[q.dtype], small_shared_memory(q.device)
     rotary, tables, table_strides = 0, (q, q), (0, 0, 0)
     if cos is not None:
         # one set of strides serves both
         if cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
-        rotary, tables = _aligned(cos), (cos, sin)
+        rotary, tables = aligned(cos), (cos, sin)
         table_strides = (cos.stride(0) if cos.ndim == 3 else 0, *cos.stride()[-2:])
     # plain keys, which the normalizer sums, have a W of their own where those of S are rotated
     apart = normalize and rotary > 0
@@ -65,32 +57,32 @@ def frame_delta_rule_fwd(q, k, v, beta, kept, cos, sin, normalize, scale, eps):
         features = right.shape[3]
         frame_delta_rule_products_kernel[(frames,)](
             k, right, beta, kept, *tables, W, Y, *k.stride(), *right.stride(), *beta.stride(), *kept.stride(),
-            *table_strides, T, S, H, scale, D=D, E=features, SIZE=size, BD=BD, BE=_padded(features), BN=launch.block,
-            VALUES=values, SUM=add, ROTARY=rotary, ALIGN=_aligned(k, right), PARTS=parts, STAGES=launch.stages,
+            *table_strides, T, S, H, scale, D=D, E=features, SIZE=size, BD=BD, BE=padded(features), BN=launch.block,
+            VALUES=values, SUM=add, ROTARY=rotary, ALIGN=aligned(k, right), PARTS=parts, STAGES=launch.stages,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
-    with _on_device(q):
+    with on_device(q):
         products(k, W[0], rotary, add=normalize and not apart)
         products(v, W[0], rotary, values=True)
         if apart:
             products(k, W[1], 0, add=True)
         launch = _scan_launch(q.dtype, small)
-        frame_delta_rule_scan_kernel[(B * H, _cdiv(E, launch.block) + normalize, 2)](
+        frame_delta_rule_scan_kernel[(B * H, cdiv(E, launch.block) + normalize, 2)](
             W, Y, X, T, H, frames, D=D, E=E, BD=BD, BE=launch.block, APART=apart, PARTS=parts, STAGES=launch.stages,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
-        BE = min(_padded(E), STATE_BLOCK[2 if q.dtype == torch.bfloat16 else 4] // (2 if small else 1) // BD)
-        launch = _launch("output", width, q.dtype, rotary > 0, small)
+        BE = min(padded(E), STATE_BLOCK[2 if q.dtype == torch.bfloat16 else 4] // (2 if small else 1) // BD)
+        launch = choose_launch("output", width, q.dtype, rotary > 0, small)
         # as linear attention's: the registers of a wide head have no room for more parts
         if width >= 128 and q.dtype == torch.float16:
             parts = "tf32x1"
         elif width >= 128 and q.dtype == torch.bfloat16 and rotary:
             parts = "tf32cut"
-        frame_delta_rule_output_kernel[(frames, _cdiv(E, BE))](
+        frame_delta_rule_output_kernel[(frames, cdiv(E, BE))](
             q, *tables, X, o, *q.stride(), *table_strides, T, S, H, frames, eps if normalize else 1.0,
-            D=D, E=E, BD=BD, BE=BE, BN=launch.block, NORM=normalize, ROTARY=rotary, ALIGN=_aligned(q), PARTS=parts,
+            D=D, E=E, BD=BD, BE=BE, BN=launch.block, NORM=normalize, ROTARY=rotary, ALIGN=aligned(q), PARTS=parts,
             STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
     return o

@@ -5,7 +5,8 @@ import functools
 import torch
 import triton
 
-from diffattn.kernels.gqa_attention.triton import LOG2E, blocks, head_block, prob_shift, tma_reads
+from diffattn.kernels._launch import cdiv
+from diffattn.kernels.gqa_attention.triton import LOG2E, head_block, prob_shift, tma_reads
 
 # The kernel is written in what Triton 3.6 has.
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6):
@@ -47,7 +48,7 @@ def takes(q, k, v, mask, scale, row_scales=None) -> bool:
 
 def _bias(mask, B, M):
     """The mask over keys in log2 units, (B, M) float32, rows 16 bytes apart or a multiple."""
-    bias = torch.empty((B, blocks(M, 4) * 4), dtype=torch.float32, device=mask.device)
+    bias = torch.empty((B, cdiv(M, 4) * 4), dtype=torch.float32, device=mask.device)
     if mask.dtype == torch.bool:
         bias[:, :M] = torch.where(mask[:, 0, 0], 0.0, float("-inf"))
     else:
@@ -94,7 +95,7 @@ def hopper_fwd(q, k, v, mask, scale, row_scales=None):
     for x, rows in ((q, 64), (k, keys), (v, keys), (out, 64)):
         first = _describe(x, rows, D0)
         described += [first, _describe(x, rows, D1) if D1 else first]
-    tiles = blocks(N, 64 * groups) * B * H
+    tiles = cdiv(N, 64 * groups) * B * H
     with torch.cuda.device_of(v):
         gqa_attention_hopper_fwd_kernel[(min(_programs(v.device), tiles),)](
             *described,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from diffattn.kernels._backend import small_shared_memory
+from diffattn.kernels._launch import padded
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -89,11 +90,6 @@ def masked_scores(b_x, p_mask, o_m, stride_m, m_edge, MASK: tl.constexpr):
     return b_x
 
 
-def blocks(size: int, block: int) -> int:
-    # Not triton.cdiv: a function for kernels too, it unwraps its arguments and takes microseconds on the host.
-    return -(-size // block)
-
-
 def head_block(*sizes: int) -> int:
     """The padded size of the largest: a power of two, at least what a matrix instruction takes.
 
@@ -101,7 +97,7 @@ def head_block(*sizes: int) -> int:
     swizzles at one shared-memory address, and ptxas 12.8, which Triton 3.6 and 3.7 bring, made the address of the
     value tile from a register that held something else: an illegal memory access. Head dims seldom differ.
     """
-    return max(16, 1 << (max(sizes) - 1).bit_length())
+    return padded(max(sizes))
 
 
 def mask_kind(mask) -> int:

@@ -5,10 +5,10 @@ dk and dv of one key block are summed over all query heads of its group inside o
 
 import torch
 
+from diffattn.kernels._launch import cdiv
 from diffattn.kernels.gqa_attention.triton import (
     ADDITIVE_MASK,
     block_loads,
-    blocks,
     dot_precision,
     fitting,
     head_block,
@@ -81,7 +81,7 @@ def gqa_attention_bwd(grad, q, k, v, mask, out, stats, residual, scale, configs=
     }
     with torch.cuda.device_of(q):
         gain = _gain(grad, v) if gained else stats
-        gqa_attention_rows_bwd_kernel[(blocks(N, 64) * B * H,)](
+        gqa_attention_rows_bwd_kernel[(cdiv(N, 64) * B * H,)](
             out,
             residual,
             grad,
@@ -104,7 +104,7 @@ def gqa_attention_bwd(grad, q, k, v, mask, out, stats, residual, scale, configs=
         rest = (base, stats[1], delta, gain)
         rows, keys, warps, stages = dq_config
         (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))
-        gqa_attention_dq_bwd_kernel[(blocks(H // Hkv * N, rows) * B * Hkv,)](
+        gqa_attention_dq_bwd_kernel[(cdiv(H // Hkv * N, rows) * B * Hkv,)](
             q,
             k_arg,
             v_arg,
@@ -123,7 +123,7 @@ def gqa_attention_bwd(grad, q, k, v, mask, out, stats, residual, scale, configs=
         )
         rows, keys, warps, stages = dkv_config
         (q_arg, grad_arg), loads = block_loads((q, rows, width), (grad, rows, width))
-        gqa_attention_dkv_bwd_kernel[(blocks(M, keys) * B * Hkv,)](
+        gqa_attention_dkv_bwd_kernel[(cdiv(M, keys) * B * Hkv,)](
             q_arg,
             k,
             v,

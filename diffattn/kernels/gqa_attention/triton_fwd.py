@@ -13,11 +13,11 @@ import triton.language as tl
 
 from diffattn._config import config
 from diffattn.kernels._autotune import size_class, tuned
+from diffattn.kernels._launch import cdiv
 from diffattn.kernels.gqa_attention import hopper
 from diffattn.kernels.gqa_attention.triton import (
     LOG2E,
     block_loads,
-    blocks,
     dot_precision,
     fitting,
     head_block,
@@ -285,7 +285,7 @@ def gqa_attention_fwd(q, k, v, mask, scale, training, launch=None, row_scales=No
     rows = min(rows, head_block(G * N))
     (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))
     with torch.cuda.device_of(q):
-        gqa_attention_fwd_kernel[(blocks(G * N, rows) * B * Hkv,)](
+        gqa_attention_fwd_kernel[(cdiv(G * N, rows) * B * Hkv,)](
             q,
             k_arg,
             v_arg,

@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from diffattn.kernels._launch import cdiv
 from diffattn.kernels.gqa_attention.int8 import rotation_group
-from diffattn.kernels.gqa_attention.triton import LOG2E, blocks, head_block, load_block
+from diffattn.kernels.gqa_attention.triton import LOG2E, head_block, load_block
 from diffattn.kernels.gqa_attention.triton_fwd import gqa_attention_fwd
 
 
@@ -84,13 +85,13 @@ def quantize(x, mean=None, gain=1.0):
     Returns: (B, N, H, D up to a multiple of 16) int8, zeros past D; (B, H, N up to a multiple of 4) float32.
     """
     B, N, H, D = x.shape
-    width = blocks(D, 16) * 16
+    width = cdiv(D, 16) * 16
     block = head_block(width)
     rows = 64 if block <= 128 else 32
     y = torch.empty((B, N, H, width), dtype=torch.int8, device=x.device)
-    scale = torch.empty((B, H, blocks(N, 4) * 4), dtype=torch.float32, device=x.device)
+    scale = torch.empty((B, H, cdiv(N, 4) * 4), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        gqa_attention_quantize_kernel[(blocks(N, rows) * B * H,)](
+        gqa_attention_quantize_kernel[(cdiv(N, rows) * B * H,)](
             x,
             x if mean is None else mean,
             y,

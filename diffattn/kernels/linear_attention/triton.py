@@ -1,17 +1,26 @@
 """Launchers of the Triton kernels: block sizes, how the tokens are cut among programs, scratch memory."""
 
-import contextlib
 import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
 from diffattn._config import config
 from diffattn.kernels._autotune import size_class, tuned
 from diffattn.kernels._backend import small_shared_memory
+from diffattn.kernels._launch import (
+    PARTS,
+    Launch,
+    aligned,
+    alignment,
+    cdiv,
+    multiprocessors,
+    on_device,
+    padded,
+    power_of_2,
+)
 from diffattn.kernels.linear_attention.triton_bwd import (
     linear_attention_dkv_bwd_kernel,
     linear_attention_dq_bwd_kernel,
@@ -24,16 +33,6 @@ from diffattn.kernels.linear_attention.triton_state import (
     linear_attention_reduce_kernel,
     linear_attention_state_fwd_kernel,
 )
-
-
-class Launch(NamedTuple):
-    """How one kernel runs: tokens a step, warps, pipeline stages, programs that fit a multiprocessor."""
-
-    block: int
-    warps: int
-    stages: int
-    resident: int
-
 
 # By kernel, then by the padded width of a tile: the first entry at least as wide is taken. Chosen on one H100 in
 # bfloat16 (benchmarks/NOTES.md). "queries" is dq and dS in one kernel, "keys" dk and dv.
@@ -51,8 +50,6 @@ CONFIGS = {
 # The most elements of one D x BE block of the state, by the bytes of its parts: larger heads are cut along E. Half of
 # it where shared memory is small.
 STATE_BLOCK = {2: 128 * 128, 4: 64 * 128}
-# How products split float32 operands, see triton_tiles.py.
-PARTS = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 # What a program costs besides its tokens, in steps: loading the state, writing a part.
 STEPS_PER_PROGRAM = 2
 # Narrow heads share a tile of up to this many features.
@@ -61,18 +58,8 @@ PACKED_WIDTH = 64
 FUSED_TOKENS = 2048
 
 
-def _cdiv(a: int, b: int) -> int:
-    # triton.cdiv and triton.next_power_of_2 cost microseconds outside a kernel, and there are a dozen a call.
-    return -(-a // b)
-
-
-def _padded(n: int) -> int:
-    """The power of two that is at least n and at least 16, the least that `tl.dot` takes."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
 @functools.lru_cache(maxsize=1024)
-def _launch(kernel: str, width: int, dtype: torch.dtype, rotary: bool = False, small: bool = False) -> Launch:
+def choose_launch(kernel: str, width: int, dtype: torch.dtype, rotary: bool = False, small: bool = False) -> Launch:
     table = CONFIGS[kernel]
     launch = table[min(w for w in table if w >= width)]
     if dtype != torch.bfloat16:
@@ -93,13 +80,6 @@ def _launch(kernel: str, width: int, dtype: torch.dtype, rotary: bool = False, s
     return launch
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def _other_launches(launch: Launch) -> list[Launch]:
     """What a search tries beside the table's choice."""
     blocks = (max(16, launch.block // 2), launch.block, 2 * launch.block)
@@ -111,28 +91,14 @@ def _other_launches(launch: Launch) -> list[Launch]:
 def _cut(launch: Launch, device: torch.device, tokens: int, heads: int) -> tuple[int, int]:
     """(chunk, n_chunks) of a kernel that walks over the tokens of `heads` heads: n_chunks programs a head, of `chunk`
     blocks each, so that all finish soonest if as many run at a time as fit the device."""
-    slots = _multiprocessors(device) * launch.resident
-    steps = _cdiv(tokens, launch.block)
+    slots = multiprocessors(device) * launch.resident
+    steps = cdiv(tokens, launch.block)
 
     def finish(chunks):
-        return _cdiv(heads * chunks, slots) * (_cdiv(steps, chunks) + STEPS_PER_PROGRAM)
+        return cdiv(heads * chunks, slots) * (cdiv(steps, chunks) + STEPS_PER_PROGRAM)
 
-    chunk = _cdiv(steps, min(range(1, min(steps, _cdiv(8 * slots, heads)) + 1), key=finish))
-    return chunk, _cdiv(steps, chunk)
-
-
-def _alignment(*layouts: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
-    """The largest power of two up to 16 that divides every stride but the unit ones, of (shape, stride) pairs."""
-    common = 16
-    for shape, stride in layouts:
-        for n, step in zip(shape, stride, strict=True):
-            if n > 1 and step != 1:
-                common = math.gcd(common, step)
-    return common
-
-
-def _aligned(*tensors: torch.Tensor) -> int:
-    return _alignment(*((x.shape, x.stride()) for x in tensors))
+    chunk = cdiv(steps, min(range(1, min(steps, cdiv(8 * slots, heads)) + 1), key=finish))
+    return chunk, cdiv(steps, chunk)
 
 
 class _Problem:
@@ -142,11 +108,11 @@ class _Problem:
         self.B, self.M, self.Hkv, self.E = v.shape
         self.N, self.H, self.D = q.shape[1:]
         self.device, self.dtype = q.device, q.dtype
-        BD = _padded(self.D)
-        self.width = max(BD, _padded(self.E))
+        BD = padded(self.D)
+        self.width = max(BD, padded(self.E))
         state_block = STATE_BLOCK[2 if q.dtype == torch.bfloat16 else 4] // (2 if small_shared_memory(q.device) else 1)
-        BE = min(_padded(self.E), state_block // BD)
-        self.e_blocks = _cdiv(self.E, BE)
+        BE = min(padded(self.E), state_block // BD)
+        self.e_blocks = cdiv(self.E, BE)
         self.state_size = self.D * self.E + self.D
         self.softmax = feature_map == "softmax"
         self.parts = PARTS[q.dtype]
@@ -165,7 +131,7 @@ class _Problem:
             # one set of strides serves both
             if cos.stride() != sin.stride():
                 cos, sin = cos.contiguous(), sin.contiguous()
-            self.constants["ROTARY"] = _aligned(cos)
+            self.constants["ROTARY"] = aligned(cos)
             self.rotary = (cos, sin, cos.stride(0) if cos.ndim == 3 else 0, *cos.stride()[-2:])
         # the forward kernels' constants: heads share tiles
         self.packed = self.constants | packed
@@ -178,7 +144,7 @@ class _Problem:
         def launched(launch):
             return function(launch, *_cut(launch, self.device, tokens, programs))
 
-        launch = _launch(kernel, width or self.width, self.dtype, rotary, small_shared_memory(self.device))
+        launch = choose_launch(kernel, width or self.width, self.dtype, rotary, small_shared_memory(self.device))
         if config.autotune:
             problem = (self.D, self.E, self.pack, str(self.constants["MAP"]), rotary, str(self.dtype))
             key = (*problem, size_class(tokens), size_class(programs))
@@ -196,15 +162,11 @@ class _Problem:
         size = self.state_size if softmax else part_size
         out = self.empty(self.B, self.Hkv, size)
         block = 256
-        linear_attention_reduce_kernel[(self.B * self.Hkv, _cdiv(size, block))](
+        linear_attention_reduce_kernel[(self.B * self.Hkv, cdiv(size, block))](
             parts, out, n, self.D, self.E, SOFTMAX=softmax, SIZE=size, PART_SIZE=part_size,
-            BP=min(16, 1 << (n - 1).bit_length()), BX=block, num_warps=4,
+            BP=min(16, power_of_2(n)), BX=block, num_warps=4,
         )  # fmt: skip
         return out
-
-
-def _on_device(x: torch.Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def linear_attention_fwd(q, k, v, cos, sin, feature_map, eps):
@@ -216,7 +178,7 @@ def linear_attention_fwd(q, k, v, cos, sin, feature_map, eps):
     o = p.empty(p.B, p.N, p.H, p.E, dtype=q.dtype)
     if p.M == 0 or q.numel() == 0 or o.numel() == 0:
         return o.zero_(), p.empty(p.B, p.Hkv, p.state_size).zero_()
-    with _on_device(q):
+    with on_device(q):
         state = _key_state(p, k, v)
         _write_output(p, q, state, o, eps)
     return o, state
@@ -230,7 +192,7 @@ def linear_attention_inference(q, k, v, cos, sin, feature_map, eps):
         return linear_attention_fwd(q, k, v, cos, sin, feature_map, eps)[0]
     programs, numbers, constants = fused
     o = torch.empty((*layouts[0][:3], layouts[4][3]), dtype=q.dtype, device=q.device)
-    with _on_device(q):
+    with on_device(q):
         linear_attention_fused_fwd_kernel[(programs,)](q, k, v, o, *numbers, eps, **constants)
     return o
 
@@ -241,15 +203,15 @@ def _fused(q_shape, q_stride, k_shape, k_stride, v_shape, v_stride, dtype, featu
     the GPU microseconds, and finding these would take the CPU as many."""
     B, N, H, D = q_shape
     M, kv_heads, E = v_shape[1:]
-    width = max(_padded(D), _padded(E))
+    width = max(padded(D), padded(E))
     if 0 in (*q_shape, *v_shape) or H != kv_heads or feature_map == "softmax":
         return None
     if max(N, M) > FUSED_TOKENS or width > max(CONFIGS["fused"]):
         return None
-    launch = _launch("fused", width, dtype)
+    launch = choose_launch("fused", width, dtype)
     constants = dict(
-        D=D, E=E, BD=_padded(D), BE=_padded(E), BN=launch.block, MAP=feature_map,
-        ALIGN=_alignment((q_shape, q_stride), (k_shape, k_stride), (v_shape, v_stride)), PARTS=PARTS[dtype],
+        D=D, E=E, BD=padded(D), BE=padded(E), BN=launch.block, MAP=feature_map,
+        ALIGN=alignment((q_shape, q_stride), (k_shape, k_stride), (v_shape, v_stride)), PARTS=PARTS[dtype],
         STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     return B * H, (*q_stride, *k_stride, *v_stride, N, M, H), constants
@@ -263,7 +225,7 @@ def linear_attention_bwd(grad, q, k, v, cos, sin, state, feature_map, eps):
     dv = p.empty(*v.shape, dtype=q.dtype)
     if dq.numel() == 0 or dk.numel() == 0 or dv.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    with _on_device(q):
+    with on_device(q):
         dnormalizer, dstate = _write_dq(p, grad, q, state, dq, eps)
         _write_dk_dv(p, k, v, state, dstate, dnormalizer, dk, dv)
     return dq, dk, dv
@@ -280,7 +242,7 @@ def _key_state(p: _Problem, k, v):
             linear_attention_state_fwd_kernel[(p.B * heads * n_chunks, p.e_blocks)](
                 k, v, *p.rotary[:2], log_sum, parts, *k.stride(), *v.stride(), *p.rotary[2:],
                 p.M, p.Hkv, n_chunks, chunk, **(p.packed if rotated else {**p.packed, "ROTARY": 0}), BM=launch.block,
-                ALIGN=_aligned(k, v), PARTS=p.parts, ONLINE=online, PART_SIZE=part_size, STAGES=launch.stages,
+                ALIGN=aligned(k, v), PARTS=p.parts, ONLINE=online, PART_SIZE=part_size, STAGES=launch.stages,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
             return p.reduce(parts, online)
@@ -309,7 +271,7 @@ def _write_output(p: _Problem, q, state, o, eps):
     def launched(launch, chunk, n_chunks):
         linear_attention_output_fwd_kernel[(p.B * heads * n_chunks, p.e_blocks)](
             q, *p.rotary[:2], state, o, *q.stride(), *p.rotary[2:], p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps,
-            **p.packed, BN=launch.block, ALIGN=_aligned(q), PARTS=parts,
+            **p.packed, BN=launch.block, ALIGN=aligned(q), PARTS=parts,
             STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
@@ -327,7 +289,7 @@ def _write_dq(p: _Problem, grad, q, state, dq, eps):
             dstate = p.empty(p.B, p.H, n_chunks, p.D * p.E if do_dstate else 0)
             linear_attention_dq_bwd_kernel[(p.B * p.H * n_chunks, e_blocks)](
                 grad, q, *p.rotary[:2], state, dq, dnormalizer, dstate, *grad.stride(), *q.stride(), *p.rotary[2:],
-                p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block, ALIGN=_aligned(grad, q),
+                p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block, ALIGN=aligned(grad, q),
                 PARTS=p.parts, DQ=do_dq, DSTATE=do_dstate, STAGES=launch.stages,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
@@ -356,7 +318,7 @@ def _write_dk_dv(p: _Problem, k, v, state, dstate, dnormalizer, dk, dv):
             linear_attention_dkv_bwd_kernel[(p.B * p.Hkv * n_chunks,)](
                 k, v, *p.rotary[:2], state, dstate, dnormalizer, parts if correct else dk, dv,
                 *k.stride(), *v.stride(), *p.rotary[2:], p.M, p.Hkv, n_chunks, chunk, **p.constants, BM=launch.block,
-                ALIGN=_aligned(k, v), PARTS=precision, DK=do_dk, DV=do_dv, CORRECT=correct, STAGES=launch.stages,
+                ALIGN=aligned(k, v), PARTS=precision, DK=do_dk, DV=do_dv, CORRECT=correct, STAGES=launch.stages,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
             return p.reduce(parts) if correct else None

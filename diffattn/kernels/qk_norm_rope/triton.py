@@ -8,13 +8,13 @@ Features enter the arithmetic as two planes, the first and the second of each pa
 load, split in registers) or half a head apart (two loads; a third plane then has the features that do not rotate).
 """
 
-import contextlib
 import functools
 import math
 
-import torch
 import triton
 import triton.language as tl
+
+from diffattn.kernels._launch import on_device, power_of_2
 
 
 @triton.jit
@@ -292,15 +292,11 @@ WARPS = {False: 2, True: 8}
 ACROSS_BYTES = 16384
 
 
-def _padded(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 @functools.lru_cache(maxsize=1024)
 def _tile(H: int, D: int, R: int, halves: bool, across: bool, itemsize: int):
     """(BD, BC, HB, T) of `norm_rope_tile`: one 16-byte load for each thread of a program and each step."""
-    BD = max(2, _padded(R if halves else D))
-    BC = _padded(D - R) if halves and R < D else 0
+    BD = max(2, power_of_2(R if halves else D))
+    BC = power_of_2(D - R) if halves and R < D else 0
     rows = max(1, WARPS[across] * 32 * (16 // itemsize) // max(BD, BC))
     if not across:
         heads = next(n for n in (4, 2, 1) if H % n == 0)
@@ -348,10 +344,6 @@ def _entry(x, weight, eps, cos, sin, halves, across):
     return arguments, (H, R, BD, BC, HB, T, halves, norm), out, programs, align, table_align
 
 
-def _on_device(x):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def qk_norm_rope_fwd(
     q, k, q_weight, k_weight, q_eps, k_eps, q_cos, q_sin, k_cos, k_sin, q_halves, k_halves, across_heads
 ):
@@ -369,7 +361,7 @@ def qk_norm_rope_fwd(
         programs += more
         outs.append(k_out)
     if programs:
-        with _on_device(q):
+        with on_device(q):
             qk_norm_rope_kernel[(programs,)](
                 split, *q_arguments, *k_arguments, *q_constants, *k_constants, q.shape[3], across_heads, align,
                 table_align, num_warps=WARPS[across_heads],

@@ -6,11 +6,11 @@ by cos and -sin or sin in the second. These coefficients are loaded once and ser
 Bytes: x is read and y is written once; what a feature has from its neighbours comes from the first-level cache.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
+
+from diffattn.kernels._launch import cdiv, on_device, power_of_2
 
 TOKENS = 8  # of one program
 WARPS = 4
@@ -102,9 +102,9 @@ def ray_encoding_fwd(x, matrices, cos, sin, scale, limit):
         if cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
         tables, strides = (cos, sin), (cos.stride(0) if cos.ndim == 3 else 0, *cos.stride()[-2:])
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        ray_encoding_kernel[(-(-N // TOKENS), B)](
+    with on_device(x):
+        ray_encoding_kernel[(cdiv(N, TOKENS), B)](
             x, matrices, *tables, y, growth, *x.stride(), *matrices.stride(), *strides, N, H, scale,
-            D=D, BD=triton.next_power_of_2(D), BN=TOKENS, ROTARY=cos is not None, LIMIT=limit, num_warps=WARPS,
+            D=D, BD=power_of_2(D), BN=TOKENS, ROTARY=cos is not None, LIMIT=limit, num_warps=WARPS,
         )  # fmt: skip
     return y, growth
