@@ -1,8 +1,9 @@
-"""Block-sparse attention in plain torch: the equations over all pairs of tokens, at any dtype."""
+"""Block-sparse attention in plain torch, any dtype: softmax over all pairs of tokens, linear attention over blocks."""
 
 import torch
+import torch.nn.functional as F
 
-from diffattn.kernels.block_sparse_attention.blocks import pairs_of
+from diffattn.kernels.block_sparse_attention.blocks import kinds_of, number_of_blocks, pairs_of
 from diffattn.kernels.gqa_attention.reference import gqa_attention_reference
 
 
@@ -40,14 +41,23 @@ def linear_attention_outside_reference(q, k, v, blocks, least_share):
     if dtype != torch.float64:
         q, k, v = q.float(), k.float(), v.float()
     B, N, H, _ = q.shape
-    M, Hkv, E = v.shape[1:]
-    outside = ~pairs_of(blocks, N, M)
-    weights = torch.einsum("bnhgd,bmhd->bhgnm", q.unflatten(2, (Hkv, H // Hkv)), k)
-    weights = weights.reshape(B, H, N, M)
-    everywhere = weights.sum(dim=-1, keepdim=True)
-    weights = weights * outside
-    total = weights.sum(dim=-1, keepdim=True)
+    M, Hkv = v.shape[1:3]
+    outside = (kinds_of(blocks, M) == 0).to(q.dtype)  # [1 or B, 1 or H, NQ, NK]
+    outside = outside.expand(B, H, -1, -1).unflatten(1, (Hkv, H // Hkv))
+    # sums over a block of keys are what all queries of a block see of it
+    k, v = (cut(x, blocks.keys) for x in (k, v))
+    states = torch.einsum("bjmhd,bjmhe->bhjde", k, v)
+    keys = k.sum(2).transpose(1, 2)  # [B, Hkv, NK, D]
+    q = cut(q, blocks.rows).unflatten(3, (Hkv, H // Hkv))
+    everywhere = torch.einsum("binhgd,bhd->bhgin", q, keys.sum(2))
+    total = torch.einsum("binhgd,bhgid->bhgin", q, torch.einsum("bhgij,bhjd->bhgid", outside, keys))
+    o = torch.einsum("binhgd,bhgide->bhgine", q, torch.einsum("bhgij,bhjde->bhgide", outside, states))
     left = total > least_share * everywhere
-    weights = torch.where(left, weights, 0.0) / torch.where(left, total, 1.0)
-    weights = weights.reshape(B, Hkv, H // Hkv, N, M)
-    return torch.einsum("bhgnm,bmhe->bnhge", weights, v).reshape(B, N, H, E).to(dtype)
+    o = torch.where(left, 1.0 / torch.where(left, total, 1.0), 0.0)[..., None] * o
+    return o.permute(0, 3, 4, 1, 2, 5).flatten(1, 2)[:, :N].flatten(2, 3).to(dtype)
+
+
+def cut(x, size):
+    """(B, N, H, D) -> (B, NB, size, H, D), zeros after the last token."""
+    rest = number_of_blocks(x.shape[1], size) * size - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, 0, rest)).unflatten(1, (-1, size))
