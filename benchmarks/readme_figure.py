@@ -1,4 +1,4 @@
-"""Draw the README's picture: the demo's grid beside the times of results/<gpu>/models.json.
+"""Draw the README's picture: the demo's grid, and below it the times of results/<gpu>/models.json.
 
 diffattn demo --out demo.png
 python benchmarks/readme_figure.py --results benchmarks/results/<gpu> --grid demo.png --out docs/overview.png
@@ -25,30 +25,35 @@ def main() -> None:
     content = json.loads((args.results / "models.json").read_text())
     rows = [row for row in content["rows"] if "failed" not in row]
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), width_ratios=(1.25, 1), layout="constrained")
-    left.imshow(plt.imread(args.grid), interpolation="lanczos")
-    left.axis("off")
+    grid = plt.imread(args.grid)
+    width, below = 12, 3.8
+    above = width * grid.shape[0] / grid.shape[1]
+    figure = plt.figure(figsize=(width, above + below), layout="constrained")
+    parts = figure.subfigures(2, 1, height_ratios=(above, below))
+    top, bottom = (part.add_subplot() for part in parts)
+    top.imshow(grid, interpolation="lanczos")
+    top.axis("off")
 
     # Relative to stock, since the cases differ a hundredfold in time.
     labels = []
     for i, row in enumerate(rows):
         stock, patched = row["stock"]["median"], row["patched"]["median"]
-        right.barh(i - 0.19, 1, height=0.34, color=STOCK, label="stock" if i == 0 else None)
-        right.barh(i + 0.19, patched / stock, height=0.34, color=PATCHED, label="patched" if i == 0 else None)
-        right.text(1.01, i - 0.19, f"{stock:.1f} ms", va="center", fontsize=9, color="#555555")
-        right.text(
+        bottom.barh(i - 0.19, 1, height=0.34, color=STOCK, label="stock" if i == 0 else None)
+        bottom.barh(i + 0.19, patched / stock, height=0.34, color=PATCHED, label="patched" if i == 0 else None)
+        bottom.text(1.01, i - 0.19, f"{stock:.1f} ms", va="center", fontsize=9, color="#555555")
+        bottom.text(
             patched / stock + 0.01, i + 0.19, f"{patched:.1f} ms, {row['speedup']:.2f}x", va="center", fontsize=9
         )
-        labels.append(f"{row['case'].split(',')[0]}\n{row['kind']}")
-    right.set_yticks(range(len(rows)), labels, fontsize=9)
-    right.invert_yaxis()
-    right.set_xlim(0, 1.25)
-    right.set_xticks([])
-    right.spines[["top", "right", "bottom"]].set_visible(False)
-    right.legend(loc="lower right", frameon=False, fontsize=9)
+        labels.append(f"{row['case'].split(',')[0]}, {row['kind']}")
+    bottom.set_yticks(range(len(rows)), labels, fontsize=9)
+    bottom.invert_yaxis()
+    bottom.set_xlim(0, 1.25)
+    bottom.set_xticks([])
+    bottom.spines[["top", "right", "bottom"]].set_visible(False)
+    bottom.legend(loc="lower right", frameon=False, fontsize=9)
     machine = content["environment"]
-    right.set_title(
-        f"One denoiser step, batch {content['batch']}, {content['dtype']}, eager\n{machine['gpu']}, "
+    bottom.set_title(
+        f"One denoiser step, batch {content['batch']}, {content['dtype']}, eager; {machine['gpu']}, "
         f"torch {machine['torch'].split('+')[0]}, median",
         fontsize=10,
         loc="left",
