@@ -79,6 +79,53 @@ def test_a_model_loaded_with_a_device_map(tiny, width, place, tmp_path):
     assert error(ours, out(tiny, plain)) <= 1e-6
 
 
+def by_group(pipe, **options):
+    pipe.to("cuda")
+    pipe.unet.to("cpu")
+    pipe.unet.enable_group_offload(torch.device("cuda"), torch.device("cpu"), **options)
+
+
+OFFLOADS = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(),
+    "sequential": lambda pipe: pipe.enable_sequential_cpu_offload(),
+    "leaves": lambda pipe: by_group(pipe, offload_type="leaf_level"),
+    "leaves, streams": lambda pipe: by_group(pipe, offload_type="leaf_level", use_stream=True),
+    "blocks, streams": lambda pipe: by_group(
+        pipe, offload_type="block_level", num_blocks_per_group=1, use_stream=True
+    ),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", OFFLOADS)
+@pytest.mark.parametrize(
+    "core", [diffattn.SoftmaxAttention, learned, lambda: "mqa"], ids=["softmax", "learned", "mqa"]
+)
+def test_offloading_between_a_gpu_and_a_cpu(how, core):
+    resident = pipeline().to("cuda")
+    diffattn.patch(resident, core())
+    expected = draw(resident)
+    pipe = pipeline()
+    diffattn.patch(pipe, core())
+    OFFLOADS[how](pipe)
+    for _ in range(2):  # the second time from where the first left everything
+        assert error(draw(pipe), expected) <= 1e-4
+
+
+@pytest.mark.gpu
+def test_a_patch_of_what_is_offloaded_to_a_cpu():
+    resident = pipeline().to("cuda")
+    stock = draw(resident)
+    diffattn.patch(resident, learned())
+    pipe = pipeline()
+    pipe.enable_model_cpu_offload()
+    assert error(draw(pipe), stock) <= 1e-4
+    diffattn.patch(pipe, learned())
+    assert error(draw(pipe), draw(resident)) <= 1e-4
+    diffattn.unpatch(pipe)
+    assert error(draw(pipe), stock) <= 1e-4
+
+
 def test_xformers_that_is_not_installed():
     """diffusers says so, on a patched model as on stock, and the patch stays."""
     unet = UNET.model()
