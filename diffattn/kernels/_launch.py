@@ -58,3 +58,11 @@ def aligned(*tensors: torch.Tensor) -> int:
 
 def on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def rotary_tables(cos: torch.Tensor, sin: torch.Tensor):
+    """((cos, sin), strides): one set of strides serves both, of samples (0 where they share a table), of tokens and of
+    features."""
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return (cos, sin), (cos.stride(0) if cos.ndim == 3 and cos.shape[0] > 1 else 0, *cos.stride()[-2:])

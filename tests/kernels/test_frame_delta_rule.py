@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffattn.kernels import frame_delta_rule
+from diffattn.kernels.frame_delta_rule import frame_delta_rule_reference
 
 # relative Frobenius errors; rounding the output alone costs 1.7e-3, 2.1e-4 and 3e-8
 BUDGET = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
@@ -185,9 +186,10 @@ def test_kernels_at_the_size_of_the_model(dtype, normalize, device, triton_backe
     """161 frames of 704 x 1280: 21 latent frames of 880 tokens, 20 heads of 112."""
     inputs, rotary = make_inputs(device, dtype, B=2, T=21, S=880, H=20, D=112)
     o = frame_delta_rule(*inputs, rotary=rotary, normalize=normalize, eps=1e-8)
+    scale = (112 * 880) ** -0.5
     for i in range(2):  # in float64 a sample at a time
         one = [x[i : i + 1].double() for x in inputs]
-        expected = frame_delta_rule(*one, rotary=rotary, normalize=normalize, eps=1e-8)
+        expected = frame_delta_rule_reference(*one, rotary=rotary, normalize=normalize, scale=scale, eps=1e-8)
         error = (o[i : i + 1].double() - expected).norm() / expected.norm()
         assert error <= BUDGET[dtype], f"relative error {error:.2e}"
 

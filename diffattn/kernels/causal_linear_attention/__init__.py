@@ -142,11 +142,12 @@ def kernels_fit(q, v, decay, block):
     width = max(q.shape[3], v.shape[3])
     if width <= 128 or q.dtype == torch.bfloat16:
         return width <= MAX_HEAD_DIM
-    # In other dtypes parts of a state take four bytes an element: 139 to 164 KB with frames and with channels that
-    # decay, 278 KB where the gradient of a decay keeps a frame's own part beside what came before.
+    # In other dtypes parts of a state take four bytes an element: 128 to 160 KiB with frames and with channels that
+    # decay, 272 KiB where the gradient of a decay keeps a frame's own part beside what came before.
     if small_shared_memory(q.device) and (block > 1 or (decay is not None and decay.dim() == 4)):
         return False
-    return width <= MAX_HEAD_DIM and not (block > 1 and decay is not None and decay.requires_grad)
+    learns = torch.is_grad_enabled() and decay is not None and decay.requires_grad
+    return width <= MAX_HEAD_DIM and not (block > 1 and learns)
 
 
 def _check_options(q, k, feature_map, form, block, eps):

@@ -3,13 +3,13 @@
 import torch
 
 from diffattn.kernels._backend import small_shared_memory
-from diffattn.kernels._launch import PARTS, Launch, aligned, cdiv, on_device, padded
+from diffattn.kernels._launch import PARTS, Launch, aligned, cdiv, on_device, padded, rotary_tables
 from diffattn.kernels.frame_delta_rule.triton_frames import (
     frame_delta_rule_output_kernel,
     frame_delta_rule_products_kernel,
     frame_delta_rule_scan_kernel,
 )
-from diffattn.kernels.linear_attention.triton import STATE_BLOCK, choose_launch
+from diffattn.kernels.linear_attention.triton import STATE_BLOCK, choose_launch, output_parts
 
 
 def _products_launch(width: int, dtype: torch.dtype, small: bool) -> Launch:
@@ -39,11 +39,8 @@ def frame_delta_rule_fwd(q, k, v, beta, kept, cos, sin, normalize, scale, eps):
     parts, small = PARTS[q.dtype], small_shared_memory(q.device)
     rotary, tables, table_strides = 0, (q, q), (0, 0, 0)
     if cos is not None:
-        # one set of strides serves both
-        if cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
-        rotary, tables = aligned(cos), (cos, sin)
-        table_strides = (cos.stride(0) if cos.ndim == 3 else 0, *cos.stride()[-2:])
+        tables, table_strides = rotary_tables(cos, sin)
+        rotary = aligned(tables[0])
     # plain keys, which the normalizer sums, have a W of their own where those of S are rotated
     apart = normalize and rotary > 0
 
@@ -75,11 +72,7 @@ def frame_delta_rule_fwd(q, k, v, beta, kept, cos, sin, normalize, scale, eps):
 
         BE = min(padded(E), STATE_BLOCK[2 if q.dtype == torch.bfloat16 else 4] // (2 if small else 1) // BD)
         launch = choose_launch("output", width, q.dtype, rotary > 0, small)
-        # as linear attention's: the registers of a wide head have no room for more parts
-        if width >= 128 and q.dtype == torch.float16:
-            parts = "tf32x1"
-        elif width >= 128 and q.dtype == torch.bfloat16 and rotary:
-            parts = "tf32cut"
+        parts = output_parts(width, q.dtype, rotary == 0)
         frame_delta_rule_output_kernel[(frames, cdiv(E, BE))](
             q, *tables, X, o, *q.stride(), *table_strides, T, S, H, frames, eps if normalize else 1.0,
             D=D, E=E, BD=BD, BE=BE, BN=launch.block, NORM=normalize, ROTARY=rotary, ALIGN=aligned(q), PARTS=parts,

@@ -20,6 +20,7 @@ from diffattn.kernels._launch import (
     on_device,
     padded,
     power_of_2,
+    rotary_tables,
 )
 from diffattn.kernels.linear_attention.triton_bwd import (
     linear_attention_dkv_bwd_kernel,
@@ -128,11 +129,9 @@ class _Problem:
         packed = {"PACK": self.pack} | ({} if self.pack == 1 else {"BD": self.packed_width, "BE": self.packed_width})
         self.rotary = (q, q, 0, 0, 0)
         if cos is not None:
-            # one set of strides serves both
-            if cos.stride() != sin.stride():
-                cos, sin = cos.contiguous(), sin.contiguous()
-            self.constants["ROTARY"] = aligned(cos)
-            self.rotary = (cos, sin, cos.stride(0) if cos.ndim == 3 else 0, *cos.stride()[-2:])
+            tables, strides = rotary_tables(cos, sin)
+            self.constants["ROTARY"] = aligned(tables[0])
+            self.rotary = (*tables, *strides)
         # the forward kernels' constants: heads share tiles
         self.packed = self.constants | packed
 
@@ -260,13 +259,17 @@ def _key_state(p: _Problem, k, v):
     return state
 
 
+def output_parts(width: int, dtype: torch.dtype, exact: bool) -> str:
+    """How the product of queries and state is split; `exact`: queries have the bits of the data. The registers of a
+    wide head have no room for more parts."""
+    if width >= 128 and dtype == torch.float16:
+        return "tf32x1"
+    return "tf32cut" if width >= 128 and dtype == torch.bfloat16 and not exact else PARTS[dtype]
+
+
 def _write_output(p: _Problem, q, state, o, eps):
     heads = p.H // p.pack
-    parts = p.parts
-    if p.width >= 128 and p.dtype == torch.float16:
-        parts = "tf32x1"
-    if p.width >= 128 and p.dtype == torch.bfloat16 and not p.raw:
-        parts = "tf32cut"
+    parts = output_parts(p.width, p.dtype, p.raw)
 
     def launched(launch, chunk, n_chunks):
         linear_attention_output_fwd_kernel[(p.B * heads * n_chunks, p.e_blocks)](

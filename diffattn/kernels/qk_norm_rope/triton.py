@@ -14,7 +14,7 @@ import math
 import triton
 import triton.language as tl
 
-from diffattn.kernels._launch import on_device, power_of_2
+from diffattn.kernels._launch import on_device, power_of_2, rotary_tables
 
 
 @triton.jit
@@ -321,11 +321,8 @@ def _entry(x, weight, eps, cos, sin, halves, across):
     tables = (x, x)
     strides = (0, 0, 1)
     if cos is not None:
-        if cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
-        tables = (cos, sin)
+        tables, strides = rotary_tables(cos, sin)
         R = 2 * cos.shape[-1]
-        strides = (cos.stride(0) if cos.ndim == 3 and cos.shape[0] > 1 else 0, *cos.stride()[-2:])
     norm = 0
     if eps is not None:
         norm = 1

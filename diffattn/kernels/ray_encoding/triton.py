@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from diffattn.kernels._launch import cdiv, on_device, power_of_2
+from diffattn.kernels._launch import cdiv, on_device, power_of_2, rotary_tables
 
 TOKENS = 8  # of one program
 WARPS = 4
@@ -98,10 +98,7 @@ def ray_encoding_fwd(x, matrices, cos, sin, scale, limit):
         return y, growth
     tables, strides = (x, x), (0, 0, 0)
     if cos is not None:
-        # one set of strides serves both
-        if cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
-        tables, strides = (cos, sin), (cos.stride(0) if cos.ndim == 3 else 0, *cos.stride()[-2:])
+        tables, strides = rotary_tables(cos, sin)
     with on_device(x):
         ray_encoding_kernel[(cdiv(N, TOKENS), B)](
             x, matrices, *tables, y, growth, *x.stride(), *matrices.stride(), *strides, N, H, scale,
