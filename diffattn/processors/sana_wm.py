@@ -12,8 +12,8 @@ from diffattn.processors.rotary import from_complex
 class SanaWMDeltaRuleProcessor(CoreAttnProcessor):
     """SANA-WM's self-attention: ReLU features, RoPE on the numerator, a delta rule in both directions of time.
 
-    Stock rounds scaled and rotated keys to the model's dtype before its float32 scan; here at most one operand of their
-    products is. Its `chunk_size` cuts a loop and changes no number; `recall_gate` it ignores too.
+    Stock rounds scaled and rotated keys to the model's dtype before its float32 scan; here at most one operand of
+    their products is. Its `chunk_size` cuts a loop and changes no number; `recall_gate` it ignores too.
 
     Cores other than `FrameDeltaRule` get the queries, keys and values without the gates.
     """
