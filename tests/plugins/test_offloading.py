@@ -1,7 +1,11 @@
-"""Where weights are: offloading of whole models, device maps; what a CPU can show of them. And xformers, absent."""
+"""Where weights are: offloading of whole models, device maps; what a CPU can show of them. And xformers."""
+
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import diffattn
 from tests.plugins.common import FLUX, UNET, error, learned, out, processors
@@ -134,6 +138,49 @@ def test_xformers_that_is_not_installed():
     with pytest.raises(ModuleNotFoundError, match="xformers"):
         unet.enable_xformers_memory_efficient_attention()
     assert processors(unet) == has and torch.equal(out(UNET, unet), patched)
+
+
+class CudaIsTheCPU(TorchFunctionMode):
+    """diffusers tries xformers on a small tensor of the GPU before it sets the processors."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    """A stand-in: its one function that diffusers calls, with torch's own attention behind it."""
+    from diffusers.models import attention_processor
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, op=None, scale=None):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_bias, scale=scale)
+
+    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setattr(attention_processor, "xformers", types.SimpleNamespace(ops=ops))
+    monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("core", ["linear", "mqa", diffattn.SoftmaxAttention()], ids=["linear", "mqa", "softmax"])
+def test_xformers_that_is_installed(xformers, core):
+    """Enabled on a patched model it takes over, as on stock; disabled, it leaves stock's processors."""
+    unet, stock = UNET.model(), out(UNET, UNET.model())
+    installed = diffattn.patch(unet, core).installed
+    with CudaIsTheCPU():
+        unet.enable_xformers_memory_efficient_attention()
+    assert {type(p).__name__ for p in processors(unet).values()} == {"XFormersAttnProcessor"}
+    assert error(out(UNET, unet), stock) <= 1e-5
+    status = diffattn.status(unet)
+    assert not status.installed
+    assert sum("which replaced diffattn's" in reason for reason in status.skipped.values()) == len(installed)
+    diffattn.unpatch(unet)
+    assert {type(p).__name__ for p in processors(unet).values()} == {"XFormersAttnProcessor"}
+    unet.disable_xformers_memory_efficient_attention()
+    assert torch.equal(out(UNET, unet), stock)
+    assert diffattn.patch(unet, core).installed.keys() == installed.keys()
 
 
 def test_layers_that_call_xformers_stay_as_they_are():
