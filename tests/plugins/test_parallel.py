@@ -1,4 +1,4 @@
-"""Context parallelism: tokens split over two ranks, which are two processes on one CPU."""
+"""Context parallelism: tokens split over two ranks, which are two processes on one CPU, or on a GPU each."""
 
 import multiprocessing
 import sys
@@ -12,6 +12,7 @@ import torch.distributed as dist
 import diffattn
 from diffattn.layers import find_layers
 from tests.models import BY_NAME
+from tests.models.base import Rand, flat
 from tests.plugins.common import error, out, processors
 
 pytestmark = [
@@ -163,3 +164,53 @@ def test_the_exact_patch_leaves_a_split_model_to_stock():
     handle = diffattn.patch(model)
     assert not handle.installed
     assert all("context parallelism" in handle.skipped[name] for name in installed) and installed
+
+
+def on_a_gpu(rank, name, degrees, folder):
+    """A rank of two, in float16: `_native_cudnn` gives the sums of exponentials that a ring needs."""
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    tiny = BY_NAME[name]
+    inputs = tiny.inputs(Rand(torch.Generator().manual_seed(1)))
+    inputs |= {key: change(inputs[key]) for key, change in SPLIT[name].items()}
+
+    def on_device(x, dtype):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.to("cuda", dtype if x.is_floating_point() else None)
+
+    def run(model, dtype=torch.float16):
+        with torch.no_grad():
+            return flat(model(**{key: on_device(x, dtype) for key, x in inputs.items()}, return_dict=False))
+
+    def half():
+        model = tiny.model().to("cuda", torch.float16)
+        model.set_attention_backend("_native_cudnn")
+        return model
+
+    exact = run(tiny.model().to("cuda"), torch.float32)
+    config = diffusers.ContextParallelConfig(**degrees)
+    stock, before, after = half(), half(), half()
+    stock.enable_parallelism(config=config)
+    rounding = error(run(stock), exact)
+    assert rounding <= 1e-2
+
+    diffattn.patch(before, diffattn.SoftmaxAttention())
+    before.enable_parallelism(config=config)
+    after.enable_parallelism(config=config)
+    diffattn.patch(after, diffattn.SoftmaxAttention())
+    for model in (before, after):
+        # no further from float32 than stock, up to what two roundings differ by
+        assert error(run(model), exact) <= 1.5 * rounding
+        diffattn.unpatch(model)
+        assert torch.equal(run(model), run(stock))
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("degrees", [dict(ring_degree=2), dict(ulysses_degree=2)], ids=["ring", "ulysses"])
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel"])
+def test_softmax_on_two_gpus(name, degrees, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    torch.multiprocessing.spawn(on_a_gpu, (name, degrees, str(tmp_path)), nprocs=2)
