@@ -14,6 +14,7 @@ from diffattn.kernels.block_sparse_attention import Blocks, blocks_of_layout, nu
 from diffattn.kernels.block_sparse_attention.blocks import kinds_of, lists_of_queries, pairs_of
 from diffattn.kernels.block_sparse_attention.reference import near
 from diffattn.kernels.block_sparse_attention.window import _plan
+from tests.kernels.accuracy import relative_error
 from tests.kernels.test_gqa_attention import rounded
 
 # Relative Frobenius error of an output or a gradient, as for gqa_attention: half precision rounds the result and,
@@ -51,11 +52,6 @@ def make(B, N, M, H, Hkv, D, E, rows, keys, dtype=float32, device="cpu", mapped=
 
 def doubled(*tensors):
     return [x.detach().double().requires_grad_() for x in tensors]
-
-
-def relative_error(actual, expected):
-    norm = expected.norm()
-    return ((actual.double() - expected).norm() / (norm if norm > 1e-9 else 1.0)).item()
 
 
 def exact(function, q, k, v):
