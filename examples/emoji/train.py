@@ -214,7 +214,7 @@ def main() -> None:
     (args.model / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"Saved {args.model}: {sum(f.stat().st_size for f in args.model.rglob('*') if f.is_file()) / 1e6:.1f} MB")
     if args.captions:
-        score(args.model, args.data, captions=args.captions)
+        score(args.model, args.data, captions=args.captions, steps=2 if args.tiny else 20)
 
 
 if __name__ == "__main__":
