@@ -66,6 +66,11 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag or (torch.jit.is_tracing() and exporting_to_onnx())
 
 
+def tracing(tensor: torch.Tensor) -> bool:
+    """Whether a call makes a graph: what tensors hold cannot be asked, and their sizes may be symbols."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor.data) is not torch.Tensor
+
+
 @functools.cache
 def small_shared_memory(device: torch.device) -> bool:
     """Whether a program has about 100 KB of shared memory, as on GeForce, L4, L40 and A10 GPUs, and not the 163 KB and

@@ -12,7 +12,7 @@ from diffattn import config
 from diffattn.kernels import block_sparse_attention, linear_attention_outside, window_attention
 from diffattn.kernels.block_sparse_attention import Blocks, blocks_of_layout, number_of_blocks, pooled, top_blocks
 from diffattn.kernels.block_sparse_attention.blocks import kinds_of, lists_of_queries, pairs_of
-from diffattn.kernels.block_sparse_attention.reference import near
+from diffattn.kernels.block_sparse_attention.reference import block_sparse_attention_reference, near
 from diffattn.kernels.block_sparse_attention.window import _plan
 from tests.kernels.accuracy import relative_error
 from tests.kernels.test_gqa_attention import rounded
@@ -84,6 +84,16 @@ def assert_accurate(function, q, k, v, mask=None, scale=None):
     assert out.dtype == q.dtype and [g.shape for g in grads] == [x.shape for x in (q, k, v)]
 
 
+def over(blocks, **options):
+    """`block_sparse_attention` as a function of q, k, v, in float64 by the reference."""
+
+    def attend(q, k, v):
+        function = block_sparse_attention_reference if q.dtype == torch.float64 else block_sparse_attention
+        return function(q, k, v, blocks, **options)
+
+    return attend
+
+
 def attends(blocks, b, h, n, m):
     """Straight from the lists."""
     b, h = (i if size > 1 else 0 for i, size in zip((b, h), blocks.count.shape[:2], strict=True))
@@ -99,7 +109,7 @@ def test_reference_is_softmax_over_the_pairs_of_the_lists():
     repeated = (x.repeat_interleave(2, dim=2).transpose(1, 2) for x in (k, v))
     expected = F.scaled_dot_product_attention(q.transpose(1, 2), *repeated, attn_mask=pairs, scale=0.3)
     expected = torch.where(pairs.any(-1, keepdim=True), expected, 0.0).transpose(1, 2)
-    torch.testing.assert_close(block_sparse_attention(q, k, v, blocks, scale=0.3), expected)
+    torch.testing.assert_close(block_sparse_attention_reference(q, k, v, blocks, scale=0.3), expected)
 
     q, k = q.softmax(-1), k.softmax(-1)
     weights = torch.einsum("bnhd,bmhd->bhnm", q, k.repeat_interleave(2, dim=2)).masked_fill(pairs, 0.0)
@@ -161,7 +171,7 @@ def test_means_of_short_blocks_are_over_what_they_have():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_triton_matches_float64(shape, dtype, device, triton_backend):
     q, k, v, blocks = make(*shape, dtype=dtype, device=device)
-    assert_accurate(lambda q, k, v: block_sparse_attention(q, k, v, blocks), q, k, v)
+    assert_accurate(over(blocks), q, k, v)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,9 +189,7 @@ def test_triton_hides_keys_and_far_tokens(dtype, scale, device, triton_backend):
     checks = {"q_places": q_places.to(device), "k_places": k_places.to(device), "bias": bias.to(device)}
     pairs = pairs_of(blocks, N, M) & near(checks["q_places"], checks["k_places"])
     mask = torch.where(pairs, checks["bias"][:, None, None, :].double(), -math.inf)
-    assert_accurate(
-        lambda q, k, v: block_sparse_attention(q, k, v, blocks, scale=scale, **checks), q, k, v, mask, scale
-    )
+    assert_accurate(over(blocks, scale=scale, **checks), q, k, v, mask, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -261,7 +269,7 @@ def test_strided_inputs(strides, device, triton_backend):
         q, k, v = (torch.randn(B, N, D, H, device=device).mT for _ in range(3))
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     assert not q.is_contiguous()
-    assert_accurate(lambda q, k, v: block_sparse_attention(q, k, v, blocks), q, k, v)
+    assert_accurate(over(blocks), q, k, v)
 
 
 @pytest.mark.parametrize("dtype", [float32, float16])

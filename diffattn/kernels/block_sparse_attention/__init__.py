@@ -1,15 +1,15 @@
 """Attention of blocks of queries to some blocks of keys: softmax over them, and linear attention over all others.
 
-What runs where: the Triton kernels on CUDA (float16, bfloat16, float32, head dims up to 256), whose work is that of
-the blocks attended to; else the references in plain torch, which take memory for all pairs of tokens, and which
-export.
+What runs where: the Triton kernels on CUDA (float16, bfloat16, float32, head dims up to 256); else plain torch, which
+exports. The work of both is that of the blocks attended to; but a graph in plain torch, which cannot ask how long the
+longest list is, masks all pairs of tokens where the lists' table is as wide as there are blocks.
 """
 
 import math
 
 import torch
 
-from diffattn.kernels._backend import use_triton
+from diffattn.kernels._backend import exporting, tracing, use_triton
 from diffattn.kernels._checks import check_qkv, shape_of
 from diffattn.kernels.block_sparse_attention import ops as ops  # registers the operators
 from diffattn.kernels.block_sparse_attention.blocks import (
@@ -19,6 +19,7 @@ from diffattn.kernels.block_sparse_attention.blocks import (
     pooled,
     top_blocks,
 )
+from diffattn.kernels.block_sparse_attention.gathered import gathered_attention
 from diffattn.kernels.block_sparse_attention.reference import (
     block_sparse_attention_reference,
     linear_attention_outside_reference,
@@ -71,7 +72,8 @@ def block_sparse_attention(q, k, v, blocks, *, q_places=None, k_places=None, bia
         raise ValueError(f"scale: got {scale}, expected a finite number or None")
     scale = int(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     if not use_triton(q):
-        return block_sparse_attention_reference(q, k, v, blocks, q_places, k_places, bias, scale)
+        function = gathered_attention if _gathers(q, k, blocks) else block_sparse_attention_reference
+        return function(q, k, v, blocks, q_places, k_places, bias, scale)
     return torch.ops.diffattn.block_sparse_attention(
         q, k, v, *blocks, q_places, k_places, bias, scale, _wants_gradient(q, k, v)
     )[0]
@@ -106,6 +108,15 @@ def linear_attention_outside(q, k, v, blocks):
     everywhere = linear_attention(q, k, v, feature_map=None)
     out = (everywhere.float() * total[..., None] - inside.float()) / outside
     return torch.where(left[..., None], out, 0.0).to(q.dtype)
+
+
+def _gathers(q, k, blocks) -> bool:
+    """Whether plain torch reads the listed blocks alone; else it masks all pairs."""
+    if exporting():
+        # A graph for any number of tokens: not even which number is larger can be asked there.
+        return True
+    longest = blocks.index.shape[-1]
+    return longest < number_of_blocks(k.shape[1], blocks.keys) if tracing(q) else longest > 0
 
 
 def _wants_gradient(*tensors):

@@ -134,7 +134,10 @@ torch.library.register_autograd("diffattn::block_sparse_sum", _sum_autograd_back
 
 
 def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("diffattn::block_sparse_attention has no second derivative; set DIFFATTN_BACKEND=torch for one")
+    raise RuntimeError(
+        "diffattn::block_sparse_attention has no second derivative; "
+        "diffattn.kernels.block_sparse_attention.reference has the same functions with one"
+    )
 
 
 for _name in ("block_sparse_attention_backward", "block_sparse_sum_backward"):

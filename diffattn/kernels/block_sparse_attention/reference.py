@@ -8,8 +8,8 @@ from diffattn.kernels.gqa_attention.reference import gqa_attention_reference
 
 
 def near(q_places, k_places):
-    """(N, M) boolean: |p_n - p_m|^2 <= w_n + w_m for places (3, N) and (3, M), rows p_y, p_x and w."""
-    q, k = q_places[:, :, None], k_places[:, None, :]
+    """(..., N, M) boolean: |p_n - p_m|^2 <= w_n + w_m for places (3, ..., N) and (3, ..., M): p_y, p_x and w."""
+    q, k = q_places[..., :, None], k_places[..., None, :]
     return (q[0] - k[0]) ** 2 + (q[1] - k[1]) ** 2 <= q[2] + k[2]
 
 

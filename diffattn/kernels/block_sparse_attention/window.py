@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffattn.kernels._backend import use_triton
+from diffattn.kernels._backend import tracing, use_triton
 from diffattn.kernels._checks import check_qkv
 from diffattn.kernels.block_sparse_attention import MAX_HEAD_DIM, block_sparse_attention
 from diffattn.kernels.block_sparse_attention.blocks import Blocks, blocks_of_layout
@@ -45,8 +45,8 @@ def window_attention(q, k, v, radius, grid, *, text=(0, 0), bias=None, scale=Non
     p = (y, x) is a token's place in its picture. CLEAR (Liu et al. 2024, arXiv 2412.16112): its authors' mask has the
     same strict inequality, and no limit for text.
 
-    The kernel takes tokens tile by tile, so that a block of them is a small square, and visits the blocks of keys
-    within reach alone: its work grows with the number of tokens. Plain torch masks all pairs.
+    Tokens are taken tile by tile, so that a block of them is a small square, and the blocks of keys within reach alone
+    are visited: the work grows with the number of tokens. A graph in plain torch masks all pairs.
 
     Args:
         q: (B, N, H, D). Tokens of the picture, row by row, between those of text.
@@ -68,21 +68,28 @@ def window_attention(q, k, v, radius, grid, *, text=(0, 0), bias=None, scale=Non
             f"grid: got {height} x {width} and {text[0]} + {text[1]} tokens of text, expected as many tokens as q "
             f"and k have, {N} and {k.shape[1]}"
         )
-    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM or not use_triton(q):
-        q_places, k_places = _places(grid, text, radius, q.device)
-        mask = near(q_places, k_places)
+    plan = _plan_for(q, grid, text, radius) if max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM else None
+    if plan is not None:
         if bias is not None:
-            mask = torch.where(mask, bias[:, None, None, :].to(q.dtype), -math.inf)
-        return gqa_attention(q, k, v, mask=mask, scale=scale)
-    make = _plan if torch.compiler.is_compiling() or type(q.data) is not Tensor else _kept_plan
-    plan = make(tuple(grid), tuple(text), radius, (ROWS, KEYS), q.device)
+            bias = bias[:, plan.order]
+        q, k, v = (_Reordered.apply(x, plan.order, plan.back) for x in (q, k, v))
+        out = block_sparse_attention(
+            q, k, v, plan.blocks, q_places=plan.q_places, k_places=plan.k_places, bias=bias, scale=scale
+        )
+        return _Reordered.apply(out, plan.back, plan.order)
+    mask = near(*_places(grid, text, radius, q.device))
     if bias is not None:
-        bias = bias[:, plan.order]
-    q, k, v = (_Reordered.apply(x, plan.order, plan.back) for x in (q, k, v))
-    out = block_sparse_attention(
-        q, k, v, plan.blocks, q_places=plan.q_places, k_places=plan.k_places, bias=bias, scale=scale
-    )
-    return _Reordered.apply(out, plan.back, plan.order)
+        mask = torch.where(mask, bias[:, None, None, :].to(q.dtype), -math.inf)
+    return gqa_attention(q, k, v, mask=mask, scale=scale)
+
+
+def _plan_for(q, grid, text, radius) -> Plan | None:
+    """What a call walks through; None where it masks all pairs."""
+    traced = tracing(q)
+    if traced and not use_triton(q):
+        return None
+    make = _plan if traced else _kept_plan
+    return make(tuple(grid), tuple(text), radius, (ROWS, KEYS), q.device)
 
 
 class _Reordered(torch.autograd.Function):
