@@ -7,8 +7,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Tiny tensors: more threads only wait for each other, and each pytest worker has a core of its own. So do the processes
-# that tests start.
+# Tiny tensors: more threads only wait for each other, and each pytest worker has a core of its own; the processes that
+# tests start have no more.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
