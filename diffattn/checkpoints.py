@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffattn import cores
+from diffattn._errors import first_line
 from diffattn.cores import AttentionCore, LinearAttention
 from diffattn.layers import Layer
 
@@ -259,9 +260,8 @@ def _downloaded(repo: str) -> Path:
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(f"weights: got {repo!r}, {expected}") from error
     except OSError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"weights: got {repo!r}, no folder here, and the hub did not answer: {reason}"
+            f"weights: got {repo!r}, no folder here, and the hub did not answer: {first_line(error)}"
         ) from error
 
 

@@ -9,17 +9,9 @@ from typing import Annotated
 import typer
 
 from diffattn import cli_distill
+from diffattn._errors import first_line
 
 app = typer.Typer(help="Attention processors for Hugging Face diffusers.", no_args_is_help=True, add_completion=False)
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line. Of a list, which begins on the second, three entries and how many there are."""
-    first, *more = str(error).strip().splitlines()
-    if first.endswith(":") and more:
-        rest = f" and {len(more) - 3} more" if more[3:] else ""
-        return f"{first} {', '.join(line.strip() for line in more[:3])}{rest}"
-    return first.rstrip(".")
 
 
 def fail(message: str) -> typer.Exit:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from diffattn._errors import first_line
+
 
 class Train(str, enum.Enum):
     core = "core"
@@ -75,7 +77,7 @@ def distill(
     ] = None,
 ) -> None:
     """Teach converted attention to draw what the model drew before. For several GPUs: accelerate launch."""
-    from diffattn.cli import fail, first_line
+    from diffattn.cli import fail
 
     try:
         from diffattn.distill import DistillError, TrajectoryError, read_prompts

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffattn._errors import first_line
 from diffattn._versions import in_dtype
 from diffattn.cores import AttentionCore
 from diffattn.inspect import Inspection
@@ -107,7 +108,7 @@ def load(source: str | Path) -> Any:
             loaded = diffusers.DiffusionPipeline.from_pretrained(source, **in_dtype(torch.float32))
             loaded.set_progress_bar_config(disable=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{source}: its weights cannot be loaded: {_first_line(error)}") from None
+        raise ValueError(f"{source}: its weights cannot be loaded: {first_line(error)}") from None
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -172,7 +173,3 @@ def add_fidelity(
     errors = measure_fidelity(target, run, core, layers=layers, weights=weights)
     rows = [replace(row, error=errors.get(row.name)) for row in inspection.rows]
     return replace(inspection, rows=rows, measured_on=words)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffattn._errors import first_line
 from diffattn.checkpoints import open_checkpoint
 from diffattn.cores import AttentionCore
 from diffattn.inspect_cost import Layers, SeeingCore
@@ -129,7 +130,7 @@ def inspect_model(
         try:
             stock, bare = _run(model, mine, paths, inputs)
         except Exception as error:  # a model's own forward: it may fail in any way on inputs that do not suit it
-            inspection.inputs[component] = f"could not be run with inputs made up for it: {_first_line(error)}"
+            inspection.inputs[component] = f"could not be run with inputs made up for it: {first_line(error)}"
             continue
         if not stock.seen and not bare.seen:
             inspection.inputs[component] = "its forward runs none of its attention"
@@ -210,7 +211,7 @@ def _on_meta(cls: type[nn.Module], config: dict) -> nn.Module:
             model = cls.from_config(config) if config else cls()
     except Exception as error:  # any that a constructor raises on a config that does not fit it
         what = "its config" if config else "its default config (name a folder or hub id with a config.json)"
-        raise ValueError(f"{cls.__name__} cannot be built from {what}: {_first_line(error)}") from None
+        raise ValueError(f"{cls.__name__} cannot be built from {what}: {first_line(error)}") from None
     # Tables that came from numpy are on the CPU still. Past diffusers' own `to`, which warns of modules in float32.
     return nn.Module.to(model, device="meta", dtype=torch.bfloat16).eval()
 
@@ -238,7 +239,7 @@ def _folder(source: str | Path) -> Path:
     except (HFValidationError, RepositoryNotFoundError):
         raise ValueError(f"{source}: no model class of diffusers, no folder and no hub id") from None
     except OSError as error:
-        raise OSError(f"{source}: no folder here, and the hub did not answer ({_first_line(error)})") from None
+        raise OSError(f"{source}: no folder here, and the hub did not answer ({first_line(error)})") from None
     if not any((folder / name).is_file() for name in names):
         raise ValueError(f"{source}: the repository has neither a model_index.json nor a config.json")
     return folder
@@ -248,11 +249,7 @@ def _read(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no JSON: {first_line(error)}") from None
 
 
 def _row(layer: Layer, installs: dict[str, str], reasons: dict[str, str]) -> AttentionRow:

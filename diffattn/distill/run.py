@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffattn._errors import first_line
+from diffattn._versions import in_dtype
 from diffattn.cores import AttentionCore
 from diffattn.distill import card as cards
 from diffattn.distill.loop import Trainer
@@ -157,10 +159,9 @@ def _pipeline(model: Any, device: torch.device) -> tuple[Any, str]:
 
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
-            pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(model, **in_dtype(dtype))
         except (OSError, ValueError) as error:
-            line = str(error).strip().splitlines()[0].rstrip(".")
-            raise ValueError(f"model: {model} is no folder or hub id of a pipeline ({line})") from None
+            raise ValueError(f"model: {model} is no folder or hub id of a pipeline ({first_line(error)})") from None
     else:
         pipe = model
         if not isinstance(getattr(pipe, "components", None), dict) or isinstance(pipe, nn.Module):
