@@ -4,8 +4,9 @@ BIN := .venv/bin
 
 .PHONY: demo test test-matrix lint clean
 
+# torch's threads spin while they wait for each other: beside another busy program a step took several times as long.
 demo: .venv/.installed
-	$(BIN)/diffattn demo
+	OMP_WAIT_POLICY=passive $(BIN)/diffattn demo
 
 test: .venv/.installed lint
 	$(BIN)/pytest -n 2
