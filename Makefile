@@ -25,5 +25,5 @@ clean:
 # The stamp is written last: an installation that was cut off is repeated.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[export,bench,test]"
+	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check -c constraints.txt -e ".[export,bench,test]"
 	touch $@

@@ -10,6 +10,7 @@ from PIL import Image
 
 import diffattn
 from diffattn import demo
+from diffattn.cli import main
 
 needs_the_pipeline = pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5, reason="the shipped pipeline's tokenizer is of transformers 5"
@@ -48,17 +49,25 @@ def test_draws_a_labelled_grid_and_a_table(tmp_path):
         (["export", ".", "--out", "nowhere/model.onnx"], "--out: there is no folder nowhere"),
     ],
 )
-def test_what_is_wrong_gets_one_line_and_exit_code_2(arguments, message):
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert not result.stdout
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_what_is_wrong_gets_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["diffattn", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert not printed.out
+    assert message in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
 
 
 def test_prints_its_version():
     result = run("--version")
     assert (result.returncode, result.stdout) == (0, f"diffattn {diffattn.__version__}\n")
+
+
+def test_a_process_ends_with_the_exit_code():
+    result = run("dmeo")
+    assert (result.returncode, result.stdout) == (2, "") and len(result.stderr.splitlines()) == 1
 
 
 @needs_the_pipeline

@@ -12,6 +12,7 @@ import sys
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 ARCH = int(sys.argv[2]) if len(sys.argv) > 2 else 90
@@ -19,6 +20,9 @@ SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024}[ARCH]
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1", torch.int8: "*i8"}
 TYPES[torch.int32] = "*i32"
 failures = []
+if ARCH == 89:
+    # The shared memory is known before ptxas runs, which takes a quarter of the time.
+    CUDABackend.make_cubin = lambda *_: b""
 
 
 class Compiled:
@@ -173,14 +177,15 @@ def block_sparse() -> None:
 
 def frame_delta_rule() -> None:
     launchers = stand_in("frame_delta_rule.triton")
-    for D, E, dtype, normalize, rotated, T in (
-        (112, 112, torch.bfloat16, True, True, 21),
-        (112, 112, torch.bfloat16, False, False, 21),
-        (112, 112, torch.float32, True, True, 21),
-        (40, 24, torch.float16, True, False, 3),
-        # The compiler takes a length of 1 for a constant.
-        (64, 64, torch.bfloat16, True, True, 1),
-    ):
+    cases = [(112, 112, torch.bfloat16, True, True, 21), (112, 112, torch.float32, True, True, 21)]
+    if ARCH == 90:
+        cases += [
+            (112, 112, torch.bfloat16, False, False, 21),
+            (40, 24, torch.float16, True, False, 3),
+            # The compiler takes a length of 1 for a constant.
+            (64, 64, torch.bfloat16, True, True, 1),
+        ]
+    for D, E, dtype, normalize, rotated, T in cases:
         N = 880 * T
         q, k, v = (meta(2, N, 4, d, dtype=dtype) for d in (D, D, E))
         angles = meta(N, D // 2, dtype=torch.float32) if rotated else None

@@ -213,11 +213,12 @@ def test_mean_normalizer(feature_map, eps, dtype, device, triton_backend):
 @pytest.mark.parametrize(
     ("N", "M", "H", "Hkv", "D", "E"),
     [(100, 100, 2, 2, 32, 32), (63, 130, 3, 3, 16, 16), (130, 63, 2, 2, 40, 24), (64, 256, 4, 2, 32, 32),
-     (33, 20, 2, 2, 72, 80), (2049, 100, 1, 1, 8, 8), (50, 2049, 4, 4, 8, 8)],
+     (33, 20, 2, 2, 72, 80), (2049, 100, 1, 1, 8, 8), (50, 2049, 2, 2, 8, 8)],
 )  # fmt: skip
 def test_without_gradients(N, M, H, Hkv, D, E, feature_map, dtype, device, triton_backend):
     """Few tokens take one kernel for all; packed heads, odd lengths and the limit between the kernels."""
-    q, k, v = make_inputs(device, dtype, B=2, N=N, M=M, H=H, Hkv=Hkv, D=D, E=E, feature_map=feature_map)
+    B = 1 if max(N, M) > 2048 else 2
+    q, k, v = make_inputs(device, dtype, B=B, N=N, M=M, H=H, Hkv=Hkv, D=D, E=E, feature_map=feature_map)
     options = dict(feature_map=feature_map, eps=1e-6)
     expected = linear_attention_reference(*(x.double() for x in (q, k, v)), **options)
     assert_close([linear_attention(q, k, v, **options)], [expected], dtype, ["o"])
