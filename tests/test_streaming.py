@@ -35,7 +35,7 @@ def no_gradients():
 @pytest.fixture(autouse=True)
 def float32_is_float32():
     """A GPU's convolutions round float32 to TF32 otherwise."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
@@ -176,7 +176,7 @@ def test_sana_video(dtype, bar, cut, device):
     whole = blind(video, **inputs)[0]
     before = model(video, **inputs)[0]
     # the tap and the order of frames matter, or there would be nothing to see here
-    assert relative(before, whole) > 5 * bar
+    assert relative(before, whole) > 2.5e-2
     with streaming(model, None) as stream:
         assert relative(run_sana(stream, video, cut, **inputs), whole) <= bar
         assert stream.frames == 7
