@@ -49,10 +49,12 @@ class Compiled:
                     attrs[(i,)] = [["tt.divisibility", 16]]
             else:
                 signature[name] = "fp32"
+        self.compile(ASTSource, signature, constexprs, attrs, num_warps=num_warps, num_stages=num_stages)
+
+    def compile(self, source, signature, constexprs, attrs, **options):
         name = self.kernel.fn.__name__
         try:
-            source = ASTSource(self.kernel, signature, constexprs, attrs)
-            options = dict(num_warps=num_warps, num_stages=num_stages)
+            source = source(self.kernel, signature, constexprs, attrs)
             made = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
             too_much = made.metadata.shared > SHARED_MEMORY
             problem = f"{made.metadata.shared} bytes of shared memory" if too_much else None
@@ -61,6 +63,26 @@ class Compiled:
         print(name, "ok" if problem is None else problem, flush=True)
         if problem is not None:
             failures.append(name)
+
+
+class CompiledGluon(Compiled):
+    """As `Compiled`, for a kernel in Gluon that takes tensor descriptors."""
+
+    def launch(self, *args, num_warps=4, **constants):
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        signature, attrs, values = {}, {}, iter(args)
+        for i, name in enumerate(self.kernel.arg_names):
+            value = None if name in constants else next(values)
+            if name in constants:
+                signature[name] = "constexpr"
+            elif isinstance(value, torch.Tensor):
+                signature[name], attrs[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+            elif isinstance(value, int | float):
+                signature[name] = "i32" if isinstance(value, int) else "fp32"
+            else:
+                signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape},{value.layout!r}>"
+        self.compile(GluonASTSource, signature, constants, attrs, num_warps=num_warps)
 
 
 def stand_in(module_name: str):
@@ -117,6 +139,24 @@ def gqa() -> None:
         backward.gqa_attention_bwd(out, q, k, v, mask, out, stats, out if residual is None else residual, 0.1)
         if mask is None and dtype != torch.float32:
             stand_in("gqa_attention.triton_int8").gqa_attention_int8_fwd(q, k, v, mask, 0.1)
+
+
+def gqa_hopper() -> None:
+    launchers = importlib.import_module("diffattn.kernels.gqa_attention.hopper")
+    if launchers.gqa_attention_hopper_fwd_kernel is None:
+        print("ok: this Triton has no Gluon for Hopper")
+        return
+    launchers.gqa_attention_hopper_fwd_kernel = CompiledGluon(launchers.gqa_attention_hopper_fwd_kernel)
+    launchers._programs = lambda device: 132
+    for configs in launchers.CONFIGS.values():
+        width = max(most for most, c in launchers.CONFIGS.items() if c is configs)
+        for config in configs:
+            q, k, v = (meta(2, n, h, width) for n, h in ((301, 4), (300, 2), (300, 2)))
+            launchers.hopper_fwd(q, k, v, None, 0.1, config=config)
+    launchers.hopper_fwd(q, k, v, meta(2, 1, 1, 300, dtype=torch.bool), 0.1)
+    scales = meta(2, 4, 304, dtype=torch.float32), meta(2, 2, 300, dtype=torch.float32)
+    q, k = (meta(*x.shape, dtype=torch.int8) for x in (q, k))
+    launchers.hopper_fwd(q, k, v.half(), None, 0.1, scales)
 
 
 def causal() -> None:
@@ -200,6 +240,7 @@ if __name__ == "__main__":
     {
         "linear": linear,
         "gqa": gqa,
+        "gqa_hopper": gqa_hopper,
         "causal": causal,
         "block_sparse": block_sparse,
         "frame_delta_rule": frame_delta_rule,

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
     [
         ("linear", 90),
         ("gqa", 90),
+        ("gqa_hopper", 90),
         ("causal", 90),
         ("block_sparse", 90),
         ("frame_delta_rule", 90),

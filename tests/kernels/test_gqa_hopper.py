@@ -63,3 +63,30 @@ def test_strides_and_scale(device):
     assert_accurate(q.transpose(1, 2).contiguous().transpose(1, 2), *fused[:, :, 4:].split(2, dim=2))
     assert_accurate(q[:, ::2], k.expand(2, -1, -1, -1), v, scale=0.3)
     assert_accurate(q[:, :128, :2], k[:, :, :1], v[:, :, :1])
+
+
+def configurations():
+    from diffattn.kernels.gqa_attention.hopper import CONFIGS
+
+    return [(most, config) for most, configs in CONFIGS.items() for config in configs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("D, config", configurations(), ids=str)
+def test_every_configuration(D, config, dtype, device):
+    """On scores whose maximum grows from block to block, or that are all far below zero."""
+    from diffattn.kernels.gqa_attention.hopper import hopper_fwd
+
+    q, k, v = make(2, 700, 1100, 24, 8, D, dtype, device)
+    slope = torch.linspace(-4, 4, 1100, device=device)[None, :, None, None] * q[:, :1, :8].sign()
+    for a, b in ((q, k), (q, (k + slope).to(dtype)), (q, (k - slope).to(dtype)), (q * 8, k), (q * 0 + 4, k * 0.1 - 4)):
+        out = hopper_fwd(a, b, v, None, D**-0.5, config=config)
+        expected = gqa_attention_reference(*(x.double() for x in (a, b, v)))
+        assert ((out.double() - expected).norm() / expected.norm()).item() <= BUDGET[dtype]
+
+
+@pytest.mark.parametrize("i", [0, 5, 131, 299])
+def test_nan_in_a_key_reaches_every_row(i, device):
+    q, k, v = make(2, 200, 300, 4, 2, 64, torch.bfloat16, device)
+    k[:, i] = float("nan")
+    assert gqa_attention(q, k, v).isnan().all()
