@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import math
 import re
 import sys
 import time
@@ -13,9 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffattn._errors import first_line
 from diffattn._versions import in_dtype
-from diffattn.export_models import SAMPLE_INPUTS, STABLE_AUDIO_AXES
-from diffattn.export_operators import translations
+from diffattn.cores import SoftmaxAttention
+from diffattn.export_inputs import (
+    AXES_OF,
+    Key,
+    choose_axes,
+    flatten,
+    label,
+    named_axes,
+    other_sizes,
+    resized,
+    size_of,
+    unflatten,
+)
+from diffattn.export_models import SAMPLE_INPUTS
+from diffattn.export_operators import has_attention, translations
 from diffattn.kernels._backend import onnx_attention
 from diffattn.layers import DENOISERS, find_layers
 from diffattn.patch import patched
@@ -24,20 +37,6 @@ from diffattn.traceable import traceable
 #: A file of more bytes of weights keeps them beside it: protobuf, which ONNX files are, ends at 2 GiB.
 EXTERNAL_BYTES = 1 << 30
 TOLERANCE = 1e-4
-
-_PICTURE = {0: "batch", 2: "height", 3: "width"}
-_TEXT = {0: "batch", 1: "text"}
-#: Axes that may change, by input and its number of dimensions; of other inputs the batch alone.
-AXES = {
-    ("sample", 4): _PICTURE,
-    ("hidden_states", 4): _PICTURE,
-    ("hidden_states", 5): {0: "batch", 2: "frames", 3: "height", 4: "width"},
-    ("encoder_hidden_states", 3): _TEXT,
-    ("encoder_attention_mask", 2): _TEXT,
-    ("encoder_mask", 2): _TEXT,
-}
-#: The same for classes whose inputs have dimensions of their own.
-AXES_OF = {"StableAudioDiTModel": STABLE_AUDIO_AXES}
 
 
 class ExportError(RuntimeError):
@@ -107,8 +106,10 @@ def to_onnx(
             )
         finally:
             model.train(training)
-    inputs, fixed = _flatten(model, _samples(model, sample_inputs))
-    axes = _axes(inputs, dynamic, AXES_OF.get(type(model).__name__, {}))
+    inputs, fixed = flatten(model, _samples(model, sample_inputs))
+    if "return_dict" in inspect.signature(type(model).forward).parameters:
+        fixed["return_dict"] = False
+    axes = choose_axes(inputs, dynamic, AXES_OF.get(type(model).__name__, {}))
 
     if opset is not None and (not isinstance(opset, int) or opset < 18):
         raise ValueError(f"opset: got {opset!r}, expected 18 or more, or None")
@@ -116,7 +117,7 @@ def to_onnx(
     model.eval()
     try:
         with torch.no_grad():
-            with _exact(model):
+            with _our_processors(model):
                 program = _export(model, inputs, fixed, axes, opset, say)
             external = sum(w.numel() * w.element_size() for w in weights) > EXTERNAL_BYTES
             program.save(path, external_data=external)
@@ -183,103 +184,14 @@ def _samples(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any]:
     return given
 
 
-Key = tuple[str | int, ...]  # ("sample",), ("added_cond_kwargs", "time_ids"), ("rotary_embedding", 0)
-COMPLEX = "real and imaginary"  # ("image_rotary_emb", COMPLEX): a last dimension of 2
-
-
-def label(key: Key) -> str:
-    """The name of an input of the graph."""
-    last = key[-1]
-    return key[0] if last == COMPLEX else f"{key[0]}_{last}" if isinstance(last, int) else last
-
-
-def _flatten(model: nn.Module, samples: dict[str, Any]) -> tuple[dict[Key, Tensor], dict[str, Any]]:
-    """Tensors by where they are, on the model's device, and all that is none."""
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    found, fixed = {}, {}
-    for name, value in samples.items():
-        pairs = {(name,): value}
-        if isinstance(value, dict):
-            pairs = {(name, k): v for k, v in value.items()}
-        elif isinstance(value, (tuple, list)):
-            pairs = {(name, i): v for i, v in enumerate(value)}
-        elif isinstance(value, Tensor) and value.is_complex():
-            pairs = {(name, COMPLEX): torch.view_as_real(value)}
-        if pairs and all(isinstance(t, Tensor) for t in pairs.values()):
-            for key, t in pairs.items():
-                found[key] = t.to(weight.device, weight.dtype if t.is_floating_point() else t.dtype)
-        elif name != "return_dict":
-            fixed[name] = value
-    if not found:
-        raise ValueError("sample_inputs: holds no tensor")
-    return found, fixed
-
-
-def _unflatten(keys, tensors, real: bool = False) -> dict[str, Any]:
-    """The arguments that `_flatten` took apart; `real` leaves complex ones as pairs, for one-graph forwards."""
-    arguments: dict[str, Any] = {}
-    for key, t in zip(keys, tensors, strict=True):
-        if len(key) == 1:
-            arguments[key[0]] = t
-        elif key[1] == COMPLEX:
-            arguments[key[0]] = t if real else torch.view_as_complex(t)
-        else:
-            arguments.setdefault(key[0], {})[key[1]] = t
-    for name, value in arguments.items():
-        if isinstance(value, dict) and 0 in value:
-            arguments[name] = tuple(value[i] for i in range(len(value)))
-    return arguments
-
-
-def _size(axis: str, sizes: dict[str, Any]) -> Any:
-    """The size of `length` or of `length + 1`."""
-    name, _, more = axis.partition(" + ")
-    return sizes[name] + int(more or 0)
-
-
-def _axes(inputs: dict[Key, Tensor], dynamic: bool | dict, own: dict[str, dict]) -> dict[Key, dict[int, str]]:
-    if isinstance(dynamic, dict):
-        names = {label(key): key for key in inputs}
-        if unknown := sorted(set(dynamic) - set(names)):
-            raise ValueError(f"dynamic: {', '.join(unknown)} is no input; there are {', '.join(names)}")
-        axes = {key: dict(dynamic.get(name, {})) for name, key in names.items()}
-    elif dynamic is True:
-        batch = next(iter(inputs.values())).shape[0]
-        rest = {key: {0: "batch"} if t.dim() and t.shape[0] == batch else {} for key, t in inputs.items()}
-        axes = {k: own.get(label(k), AXES.get((label(k), t.dim()), rest[k])) for k, t in inputs.items()}
-    elif dynamic is False:
-        axes = {key: {} for key in inputs}
-    else:
-        raise TypeError(f"dynamic: got {dynamic!r}, expected True, False or {{input: {{dimension: axis}}}}")
-    sizes: dict[str, int] = {}
-    for key, d, axis in _named(axes):
-        name, t = label(key), inputs[key]
-        if not 0 <= d < t.dim():
-            raise ValueError(f"dynamic: {name} has {t.dim()} dimensions, got {d}")
-        size = t.shape[d]
-        if sizes.setdefault(axis, size) != size:
-            raise ValueError(f"sample_inputs: {axis} is {size} in {name} and {sizes[axis]} in another input")
-        if size < 2:
-            raise ValueError(f"sample_inputs: {axis} is {size} in {name}, expected 2 or more: 1 is fixed")
-    for axis, size in sizes.items():
-        if not re.fullmatch(r"\w+( \+ \d+)?", axis) or axis.partition(" + ")[0] not in sizes:
-            raise ValueError(
-                f"dynamic: got the axis {axis!r}, expected a name, or a name of another axis as 'name + 1'"
-            )
-        if _size(axis, sizes) != size:
-            raise ValueError(f"sample_inputs: {axis} is {size}, expected {_size(axis, sizes)}")
-    return axes
-
-
-def _named(axes: dict[Key, dict[int, str]]) -> list[tuple[Key, int, str]]:
-    return [(key, d, axis) for key, named in axes.items() for d, axis in named.items()]
-
-
 @contextlib.contextmanager
-def _exact(model: nn.Module) -> Iterator[None]:
-    """Exact processors in the place of stock ones that are not torch's own attention."""
-    stock = {layer.name for layer in find_layers(model) if layer.family and not layer.patched}
-    with patched(model, layers=lambda name, attn: name in stock) if stock else contextlib.nullcontext():
+def _our_processors(model: nn.Module) -> Iterator[None]:
+    """Exact processors in the place of stock ones, and where these are torch's own attention, that of diffattn."""
+    with contextlib.ExitStack() as patches:
+        for core in (None, SoftmaxAttention()):
+            stock = {layer.name for layer in find_layers(model) if layer.family and not layer.patched}
+            if stock:
+                patches.enter_context(patched(model, core, layers=lambda name, attn, names=stock: name in names))
         yield
 
 
@@ -294,11 +206,18 @@ class _Call(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         given = dict(zip(self.keys, tensors, strict=True))
         sizes: dict[str, Any] = {}
-        for key, d, axis in _named(self.axes):
+        for key, d, axis in named_axes(self.axes):
             torch._check(sizes.setdefault(axis, given[key].shape[d]) == given[key].shape[d])
         for axis, size in sizes.items():
-            torch._check(_size(axis, sizes) == size)
-        return self.model(**_unflatten(self.keys, tensors, real=True), **self.fixed, return_dict=False)[0]
+            torch._check(size_of(axis, sizes) == size)
+        return _first(self.model(**unflatten(self.keys, tensors, real=True), **self.fixed))
+
+
+def _first(result: Any) -> Tensor:
+    """The tensor that a model returns, alone or before others."""
+    while not isinstance(result, Tensor):
+        result = result[0]
+    return result
 
 
 def _export(model, inputs, fixed, axes, opset, say):
@@ -309,8 +228,7 @@ def _export(model, inputs, fixed, axes, opset, say):
     try:
         say(f"1/2 tracing {type(model).__name__}, and translating it")
         # Not torch.export first: the kernels have to know that the graph is for ONNX.
-        table = translations(opset)
-        with onnx_attention(bool(table)):
+        with onnx_attention(has_attention(opset)):
             program = torch.onnx.export(
                 call,
                 tuple(inputs.values()),
@@ -318,19 +236,29 @@ def _export(model, inputs, fixed, axes, opset, say):
                 input_names=[label(key) for key in inputs],
                 output_names=["out"],
                 opset_version=opset,
-                custom_translation_table=table,
+                custom_translation_table=translations(opset),
                 dynamo=True,
                 verbose=False,
             )
     except Exception as error:  # torch raises whatever it hits, in a wrapper or not
         last = str(error.__cause__ or error).strip() or type(error).__name__
-        raise ExportError(f"{type(model).__name__} cannot be exported: {last}") from error
+        raise ExportError(f"{type(model).__name__} cannot be exported: {_fixed(last, axes) or last}") from error
     nodes = list(program.model.graph)
     if foreign := sorted({f"{n.domain}::{n.op_type}" for n in nodes if n.domain not in ("", "ai.onnx")}):
         raise ExportError(f"{type(model).__name__} needs operators that are not ONNX's own: {', '.join(foreign)}")
     _name_axes(program.model.graph, axes.values())
     say(f"2/2 {len(nodes)} nodes, opset {program.model.opset_imports['']} ({time.perf_counter() - started:.0f} s)")
     return program
+
+
+def _fixed(message: str, axes: dict[Key, dict[int, str]]) -> str | None:
+    """What torch says of sizes that the model's own code takes for numbers, with their names."""
+    found = re.findall(r"static shape of (\d+) for dimension inputs\['tensors'\]\[(\d+)\]\.shape\[(\d+)\]", message)
+    if not found:
+        return None
+    keys = list(axes)
+    which = [f"{axes[keys[int(i)]].get(int(d), d)} of {label(keys[int(i)])}, {size}" for size, i, d in found]
+    return f"its forward allows one size alone of {'; '.join(which)}. Pass dynamic=False, or the axes that may change"
 
 
 def _name_axes(graph, axes) -> None:
@@ -347,17 +275,26 @@ def _name_axes(graph, axes) -> None:
 def _compare(path: Path, model, inputs, fixed, axes, say) -> None:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # it has an exception class for each of its codes
+        raise ExportError(f"ONNX Runtime cannot load {path} (the file is kept): {first_line(error)}") from error
     wrong = []
-    for i, sizes in enumerate(_other_sizes(inputs, axes)):
+    for i, sizes in enumerate(other_sizes(inputs, axes)):
         fresh = resized(inputs, axes, sizes, seed=i)
         what = ", ".join(f"{axis} {size}" for axis, size in sizes.items()) or "the traced sizes"
-        expected = model(**_unflatten(fresh, fresh.values()), **fixed, return_dict=False)[0].cpu()
+        try:
+            expected = _first(model(**unflatten(fresh, fresh.values()), **fixed)).cpu()
+        except Exception as error:
+            raise ExportError(
+                f"check: {type(model).__name__} itself fails at {what}: {first_line(error)}. Pass dynamic={{input: "
+                "{dimension: axis}} with one name for sizes that have to be equal (the file is kept)"
+            ) from error
         try:
             known = {value.name for value in session.get_inputs()}
             feed = {label(key): t.cpu().numpy() for key, t in fresh.items() if label(key) in known}
             ours = torch.from_numpy(session.run(None, feed)[0])
-        except Exception as error:  # ONNX Runtime has an exception class for each of its codes
+        except Exception as error:
             wrong.append(f"{what}: ONNX Runtime failed: {str(error).strip()[:300]}")
             continue
         if ours.shape != expected.shape:
@@ -372,40 +309,3 @@ def _compare(path: Path, model, inputs, fixed, axes, say) -> None:
         raise ExportError(
             f"{path} is not what {type(model).__name__} computes (the file is kept):\n" + "\n".join(wrong)
         )
-
-
-def _other_sizes(inputs, axes) -> list[dict[str, int]]:
-    """Three choices of sizes, none of them traced. Pictures stay multiples of what height and width share."""
-    every = {axis: inputs[key].shape[d] for key, d, axis in _named(axes)}
-    traced = {axis: size for axis, size in every.items() if " + " not in axis}
-    step = math.gcd(*(traced[axis] for axis in ("height", "width") if axis in traced))
-    choices = []
-    for i in range(3):
-        sizes = {axis: 2 * size if i else size for axis, size in traced.items()}  # of axes with other names
-        for axis, add in (("height", i != 1), ("width", i != 0)):
-            if axis in traced:
-                sizes[axis] = traced[axis] + step * add
-        if "batch" in traced:
-            sizes["batch"] = i + 1
-        if "text" in traced:
-            sizes["text"] = traced["text"] + (5, 2, -1)[i]
-        choices.append({axis: _size(axis, sizes) for axis in every})
-    return choices
-
-
-def resized(inputs, axes, sizes, seed: int) -> dict[Key, Tensor]:
-    """Tensors of other sizes, with numbers like those of the samples."""
-    generator = torch.Generator().manual_seed(seed)
-    fresh = {}
-    for key, t in inputs.items():
-        shape = [sizes.get(axes[key].get(d), size) for d, size in enumerate(t.shape)]
-        if t.is_floating_point():
-            spread = t.float().std(correction=0) if t.numel() > 1 else 1.0
-            new = t.float().mean().cpu() + torch.randn(shape, generator=generator) * float(spread)
-        elif "mask" in label(key):  # right padding, of the last prompt alone
-            new = torch.ones(shape)
-            new[-1, shape[-1] - shape[-1] // 3 :] = 0
-        else:
-            new = torch.randint(int(t.min()), int(t.max()) + 1, shape, generator=generator)
-        fresh[key] = new.to(t.device, t.dtype)
-    return fresh

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from diffattn.cores import CausalState
-from diffattn.export import ExportError, _flatten, _name_axes, _require, _unflatten
+from diffattn.export import ExportError, _name_axes, _require
+from diffattn.export_inputs import flatten, unflatten
 from diffattn.stream_layers import rotate
 from diffattn.streaming import _RUNNING, Stream, streaming
 
@@ -31,13 +32,13 @@ def to_onnx_streaming(
     the step.
     """
     _require("onnx", "onnxscript", *(["onnxruntime"] if check else []))
-    inputs, fixed = _flatten(model, sample_inputs)
+    inputs, fixed = flatten(model, sample_inputs)
     if "return_dict" in inspect.signature(type(model).forward).parameters:
         fixed["return_dict"] = False
     first = next(iter(inputs))
     axes = _axes(inputs, first, dynamic)
     with streaming(model, None) as stream, torch.no_grad():
-        stream(**_unflatten(inputs, inputs.values()), **fixed)
+        stream(**unflatten(inputs, inputs.values()), **fixed)
         names = _memory_names(stream)
         states = {name: torch.zeros_like(t) for name, t in _tensors(stream, names).items()}
         counts = any(handler is rotate for handler in stream._plan.values())
@@ -131,7 +132,7 @@ class _Step(nn.Module):
         given = dict(zip(self.keys, tensors, strict=True))
         inputs = {key: given[key] for key in self.keys[: self.n_inputs]}
         stream = self.stream
-        arguments = _unflatten(inputs, inputs.values())
+        arguments = unflatten(inputs, inputs.values())
         stream._signature = None
         stream._broken = False
         stream.frames = 0
@@ -198,7 +199,7 @@ def _compare(path, stream, inputs, fixed, axes, states, say) -> None:
                     t = torch.cat((t, t), time) if i else t
                 t = t * (0.5 + 0.5 * i)
             fresh[key] = t[:1] if t.dim() and t.shape[0] == batch and axes else t
-        expected = stream(**_unflatten(fresh, fresh.values()), **fixed)
+        expected = stream(**unflatten(fresh, fresh.values()), **fixed)
         expected = expected[0] if isinstance(expected, (tuple, list)) else expected
         feed = {key[-1]: t.cpu().numpy() for key, t in fresh.items()} | memory
         feed[FRAME] = torch.tensor(frame).numpy()

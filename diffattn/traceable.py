@@ -1,5 +1,7 @@
-"""Forwards that a graph can hold, for models whose own forward loops over the batch or computes in complex numbers."""
+"""Forwards that a graph can hold, for models whose own forward loops over the batch, computes in complex numbers or
+asks for its size."""
 
+import copy
 from typing import Any
 
 import torch
@@ -18,10 +20,20 @@ def traceable(model: nn.Module) -> nn.Module:
 
     Raises: ValueError for a model of a class in `TRACEABLE` where an attention layer has no processor of diffattn's.
     """
-    return TRACEABLE.get(type(model).__name__, _itself)(model)
+    return TRACEABLE.get(type(model).__name__, _with_parts)(model)
 
 
-def _itself(model: nn.Module) -> nn.Module:
+def _with_parts(model: nn.Module) -> nn.Module:
+    """The model itself, or where it has parts that a graph cannot hold a copy that shares everything but these."""
+    from diffattn.traceable_parts import replacements
+
+    parts = replacements(model, all_ours=not _stock_layers(model))
+    if not parts:
+        return model
+    model = copy.copy(model)
+    model._modules = dict(model._modules)
+    for name, part in parts.items():
+        setattr(model, name, part)
     return model
 
 
@@ -145,15 +157,19 @@ class LuminaNext(Traceable):
         return self.result(x.reshape(B, model.out_channels, height, width), return_dict)
 
 
-def _refuse_stock(model: nn.Module) -> None:
+def _stock_layers(model: nn.Module) -> list[str]:
+    """Attention layers without a processor of diffattn's."""
     from diffattn.processors import CoreAttnProcessor
 
-    stock = [
+    return [
         name
         for name, module in model.named_modules()
         if callable(getattr(module, "processor", None)) and not isinstance(module.processor, CoreAttnProcessor)
     ]
-    if stock:
+
+
+def _refuse_stock(model: nn.Module) -> None:
+    if stock := _stock_layers(model):
         raise ValueError(
             f"model: {type(model).__name__} as one graph needs diffattn's processors in every attention layer, and "
             f"{', '.join(stock[:3])}{', ...' if len(stock) > 3 else ''} have none: call diffattn.patch(model) first"

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffattn.cores.base import AttentionCore, rotate_heads
+from diffattn.kernels._backend import exporting_to_onnx
 from diffattn.kernels._checks import check_mask, check_qkv, check_scale
 
 
@@ -34,6 +36,10 @@ class SoftmaxAttention(AttentionCore):
         if mask is not None and mask.dim() < 2:
             mask = mask[None]  # torch wants queries and keys in it
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        if mask is not None and exporting_to_onnx():
+            # Of a query with every key masked torch makes zeros, and ONNX's softmax something else.
+            masked = ~mask if mask.dtype == torch.bool else mask == float("-inf")
+            out = out.masked_fill(masked.all(dim=-1, keepdim=True), 0.0)
         return out.transpose(1, 2)
 
     def formula(self, heads, kv_heads):

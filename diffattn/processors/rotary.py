@@ -11,13 +11,13 @@ from diffattn.cores import AttentionCore, Rotary
 def from_complex(freqs: Tensor | Rotary | None) -> Rotary | None:
     """cos + i sin of shape (N, D/2) or (1 or B, N, D/2), pairs (2i, 2i+1): Lumina, QwenImage, Z-Image, ...
 
-    A `Rotary` passes: exports make their tables of real numbers.
+    Exports make their tables of real numbers: a `Rotary` passes, and pairs of cos and sin in a last dimension of 2.
     """
     if freqs is None or isinstance(freqs, Rotary):
         return freqs
-    if freqs.dim() == 3:
-        freqs = freqs.squeeze(0)  # one table for all, if there is but one
-    return Rotary(freqs.real, freqs.imag)
+    tables = (freqs.real, freqs.imag) if freqs.is_complex() else freqs.unbind(-1)
+    # one table for all, if there is but one
+    return Rotary(*(table.squeeze(0) if table.dim() == 3 else table for table in tables))
 
 
 def from_pairs(tables: tuple[Tensor, Tensor] | None) -> Rotary | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import diffattn
-from diffattn.export import resized
+from diffattn.export_inputs import resized
 from diffattn.layers import find_layers
 from diffattn.traceable import traceable
 from tests.models import BY_NAME

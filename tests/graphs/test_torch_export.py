@@ -12,7 +12,15 @@ from tests.models.stock import relative_error
 
 @pytest.mark.parametrize(
     "name",
-    ["UNet2DConditionModel", "SanaTransformer2DModel", "DreamLiteUNetModel", "Lumina2Transformer2DModel"],
+    [
+        "UNet2DConditionModel",
+        "SanaTransformer2DModel",
+        "DreamLiteUNetModel",
+        "Lumina2Transformer2DModel",
+        "PixArtTransformer2DModel",
+        "SD3Transformer2DModel",
+        "MochiTransformer3DModel",
+    ],
 )
 def test_exports_with_dynamic_batch_height_width_and_text(name):
     family = FAMILY[name]

@@ -1,0 +1,140 @@
+"""Models that stock alone does not export, and the parts and operators that stand in for theirs."""
+
+import pytest
+import torch
+from torch import nn
+
+import diffattn
+from diffattn.layers import find_layers
+from diffattn.traceable import traceable
+from tests.graphs.cases import FAMILY, patch_all
+from tests.models import BY_NAME
+from tests.models.base import Rand
+from tests.models.stock import relative_error
+
+
+def inputs_of(name: str) -> dict:
+    return BY_NAME[name].inputs(Rand(torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture
+def to_onnx():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from diffattn.export import to_onnx
+
+    return to_onnx
+
+
+@pytest.mark.onnx
+@pytest.mark.parametrize(
+    "name",
+    [
+        "QwenImageTransformer2DModel",  # complex tables, cut and joined
+        "ZImageTransformer2DModel",  # complex tables, read at positions
+        "PixArtTransformer2DModel",  # squeeze of a dimension that is not 1
+        "MochiTransformer3DModel",  # a loop over the batch, a stable sort
+        "HunyuanVideoTransformer3DModel",  # masked_fill of booleans
+        "ChromaTransformer2DModel",  # queries with every key masked
+        "T5FilmDecoder",  # returns a tensor
+    ],
+)
+def test_exports_without_a_patch_and_leaves_the_model_as_it_was(name, to_onnx, tmp_path):
+    model = BY_NAME[name].model()
+    before = {layer.name: getattr(layer.attn, "processor", None) for layer in find_layers(model)}
+    # Compares with the stock model, on other numbers.
+    to_onnx(model, tmp_path / "model.onnx", sample_inputs=inputs_of(name), dynamic=False, progress=None)
+    after = {layer.name: getattr(layer.attn, "processor", None) for layer in find_layers(model)}
+    assert before.keys() == after.keys() and all(after[key] is before[key] for key in before)
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("PixArtTransformer2DModel", "pos_embed"),
+        ("SD3Transformer2DModel", "pos_embed"),
+        ("MochiTransformer3DModel", "rope"),
+        ("QwenImageTransformer2DModel", "pos_embed"),
+        ("NucleusMoEImageTransformer2DModel", "pos_embed"),
+        ("ZImageTransformer2DModel", "rope_embedder"),
+        ("OmniGenTransformer2DModel", "rope"),
+    ],
+)
+def test_parts_compute_what_stock_computes(name, part):
+    model = patch_all(BY_NAME[name].model())
+    stock = getattr(model, part)
+    call = traceable(model)
+    assert getattr(call, part) is not stock and getattr(model, part) is stock
+    # Of pictures that are not square, too, and not of the size in the config.
+    sizes = FAMILY[name].other_inputs() if name in FAMILY else []
+    for inputs in (inputs_of(name), *sizes):
+        inputs = inputs | dict(return_dict=False)
+        with torch.no_grad():
+            ours, expected = call(**inputs)[0], model(**inputs)[0]
+        for one, other in zip(ours, expected, strict=True):  # a tensor, or Z-Image's list of them
+            assert relative_error(one, other) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
+def test_tables_of_real_numbers_are_for_our_processors():
+    model = BY_NAME["QwenImageTransformer2DModel"].model()
+    assert traceable(model) is model
+    diffattn.patch(model, "linear")
+    assert isinstance(traceable(model).pos_embed, nn.Module)
+
+
+def test_a_picture_beyond_the_table_is_refused():
+    family = FAMILY["SD3Transformer2DModel"]
+    call, inputs = traceable(family.patched()), family.inputs()
+    size = 2 * call.pos_embed.pos_embed_max_size + 2
+    with pytest.raises(
+        RuntimeError, match=r"hidden_states: more rows or columns of patches than .* pos_embed_max_size"
+    ):
+        call(**inputs | dict(hidden_states=torch.zeros(*inputs["hidden_states"].shape[:3], size)))
+
+
+class Operators(nn.Module):
+    """What stands in `diffattn.export_operators`, of x (batch, 5) and its mask."""
+
+    def forward(self, x, mask, return_dict=True):
+        steps = (x * 2).round()
+        parts = [x.unsqueeze(1).squeeze(1), x.squeeze(1), (mask & (x > 0)).masked_fill(mask, True)]
+        for values in (steps, steps.int(), steps > 0, steps.to(torch.int8), steps.half()):
+            for descending in (True, False):
+                parts += torch.sort(values, dim=1, stable=True, descending=descending)
+        parts += torch.sort(steps, dim=0, stable=True)
+        return (torch.cat([part.float() for part in parts], dim=1),)
+
+
+@pytest.mark.onnx
+def test_operators(to_onnx, tmp_path):
+    inputs = dict(x=torch.randn(4, 5), mask=torch.tensor([[True, False, True, False, True]] * 4))
+    free = {key: {0: "batch"} for key in inputs}
+    to_onnx(Operators(), tmp_path / "model.onnx", sample_inputs=inputs, dynamic=free, progress=None)
+
+
+class Fails(nn.Module):
+    def forward(self, x):
+        if not torch.compiler.is_exporting() and x.shape[0] == 1:
+            raise ValueError("a batch of one")
+        return x * 2
+
+
+@pytest.mark.onnx
+def test_errors_of_the_check(to_onnx, tmp_path, monkeypatch):
+    from diffattn.export import ExportError
+
+    path, options = tmp_path / "model.onnx", dict(sample_inputs=dict(x=torch.ones(2, 3)), progress=None)
+    with pytest.raises(ExportError, match=r"Fails itself fails at batch 1: a batch of one\. Pass dynamic="):
+        to_onnx(Fails(), path, **options)
+    import onnxruntime
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(
+        ExportError, match=r"ONNX Runtime cannot load .*model\.onnx \(the file is kept\): .*NOT_IMPLEMENTED"
+    ):
+        to_onnx(Fails(), path, **options)
+    assert path.exists()
