@@ -1,5 +1,6 @@
 """Without a GPU, Triton kernels run in the interpreter; the variable has to be set before triton loads."""
 
+import logging
 import os
 
 import torch
@@ -15,6 +16,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 
 from diffattn import config
+
+
+@pytest.fixture(autouse=True)
+def quiet_tracer(request):
+    """torch's tracers log each step for whoever captures logs, as pytest does: a third of the time of an export."""
+    traces = "onnx" in request.keywords or "graphs" in request.path.parts
+    if traces:
+        logging.disable(logging.WARNING)
+    yield
+    if traces:
+        logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

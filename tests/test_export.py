@@ -1,6 +1,5 @@
 """Exports compute what the models compute, at sizes that were not traced, with ONNX's own operators."""
 
-import logging
 from collections import Counter
 from pathlib import Path
 
@@ -20,14 +19,6 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.onnx
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """torch's tracer logs each step for whoever captures logs, as pytest does: a third of the time."""
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def tiny(name: str, **changes) -> nn.Module:

@@ -1,7 +1,6 @@
 """A step of a stream as an ONNX graph: its states go in and out, and a hundred of them are the stream."""
 
 import importlib.util
-import logging
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,6 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.onnx
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 class Sequence(nn.Module):
