@@ -1,8 +1,10 @@
 """The command line: `diffattn demo`, `inspect`, `distill`, `export`, `bench`."""
 
 import enum
+import logging
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -248,6 +250,9 @@ def export(
         raise fail(f"{model}: no folder here and no hub id (user/name) of a pipeline or a model, with its weights")
     if not out.parent.is_dir():
         raise fail(f"--out: there is no folder {out.parent}")
+    # torch's exporter tells of operators of torchvision, which no model here has, and of its own deprecations.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         target = load(model)
         if core is not None or weights is not None:
