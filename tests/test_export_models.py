@@ -32,7 +32,6 @@ def to_onnx():
     [
         "QwenImageTransformer2DModel",  # complex tables, cut and joined
         "MochiTransformer3DModel",  # a loop over the batch, a stable sort
-        "HunyuanVideoTransformer3DModel",  # masked_fill of booleans
         "ChromaTransformer2DModel",  # queries with every key masked
     ],
 )
