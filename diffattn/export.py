@@ -107,8 +107,6 @@ def to_onnx(
         finally:
             model.train(training)
     inputs, fixed = flatten(model, _samples(model, sample_inputs))
-    if "return_dict" in inspect.signature(type(model).forward).parameters:
-        fixed["return_dict"] = False
     axes = choose_axes(inputs, dynamic, AXES_OF.get(type(model).__name__, {}))
 
     if opset is not None and (not isinstance(opset, int) or opset < 18):

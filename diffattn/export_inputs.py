@@ -1,5 +1,6 @@
 """Inputs of an exported graph: tensors by where they are in a call, axes along which they may change, other sizes."""
 
+import inspect
 import math
 import re
 from typing import Any
@@ -34,7 +35,7 @@ def label(key: Key) -> str:
 
 
 def flatten(model: nn.Module, samples: dict[str, Any]) -> tuple[dict[Key, Tensor], dict[str, Any]]:
-    """Tensors by where they are, on the model's device, and all that is none."""
+    """Tensors by where they are, on the model's device, and all that is none; models that can return a tuple do."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     found, fixed = {}, {}
     for name, value in samples.items():
@@ -52,6 +53,8 @@ def flatten(model: nn.Module, samples: dict[str, Any]) -> tuple[dict[Key, Tensor
             fixed[name] = value
     if not found:
         raise ValueError("sample_inputs: holds no tensor")
+    if "return_dict" in inspect.signature(type(model).forward).parameters:
+        fixed["return_dict"] = False
     return found, fixed
 
 
@@ -140,7 +143,7 @@ def resized(inputs, axes, sizes, seed: int) -> dict[Key, Tensor]:
     fresh = {}
     for key, t in inputs.items():
         shape = [sizes.get(axes[key].get(d), size) for d, size in enumerate(t.shape)]
-        if isinstance(key[-1], int):  # tables, whose numbers belong together
+        if "rotary" in key[0] and isinstance(key[-1], int):  # cos and sin, whose columns belong together
             new = t.cpu()
             for d in axes[key]:
                 new = new.index_select(d, (torch.arange(shape[d]) + seed) % t.shape[d])

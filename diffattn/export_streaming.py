@@ -1,6 +1,5 @@
 """One step of a stream as an ONNX graph, its memory as inputs and outputs: `to_onnx(..., streaming=True)`."""
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,6 @@ def to_onnx_streaming(
     """
     _require("onnx", "onnxscript", *(["onnxruntime"] if check else []))
     inputs, fixed = flatten(model, sample_inputs)
-    if "return_dict" in inspect.signature(type(model).forward).parameters:
-        fixed["return_dict"] = False
     first = next(iter(inputs))
     axes = _axes(inputs, first, dynamic)
     with streaming(model, None) as stream, torch.no_grad():

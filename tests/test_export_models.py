@@ -7,6 +7,7 @@ from torch import nn
 import diffattn
 from diffattn.layers import find_layers
 from diffattn.traceable import traceable
+from diffattn.traceable_parts import RealTables
 from tests.graphs.cases import FAMILY, patch_all
 from tests.models import BY_NAME
 from tests.models.base import Rand
@@ -76,7 +77,9 @@ def test_tables_of_real_numbers_are_for_our_processors():
     model = BY_NAME["QwenImageTransformer2DModel"].model()
     assert traceable(model) is model
     diffattn.patch(model, "linear")
-    assert isinstance(traceable(model).pos_embed, nn.Module)
+    assert isinstance(traceable(model).pos_embed, RealTables)
+    diffattn.unpatch(model)
+    assert traceable(model) is model
 
 
 def test_a_picture_beyond_the_table_is_refused():
@@ -107,6 +110,28 @@ def test_operators(to_onnx, tmp_path):
     inputs = dict(x=torch.randn(4, 5), mask=torch.tensor([[True, False, True, False, True]] * 4))
     free = {key: {0: "batch"} for key in inputs}
     to_onnx(Operators(), tmp_path / "model.onnx", sample_inputs=inputs, dynamic=free, progress=None)
+
+
+class Attend(nn.Module):
+    """Attention whose first query has no key."""
+
+    def __init__(self):
+        super().__init__()
+        self.core = diffattn.SoftmaxAttention()
+
+    def forward(self, q, additive, return_dict=True):
+        first = torch.arange(q.shape[1])[:, None] == 0
+        mask = additive.masked_fill(first, float("-inf"))
+        return (torch.cat([self.core(q, q, q, mask=m) for m in (mask, mask > float("-inf"))]),)
+
+
+@pytest.mark.onnx
+@pytest.mark.parametrize("opset", [None, 23])
+def test_a_query_without_a_key_gets_zeros(opset, to_onnx, tmp_path):
+    inputs = dict(q=torch.randn(2, 5, 3, 8), additive=torch.randn(1, 1, 5, 5))
+    assert not Attend()(**inputs)[0][:, 0].any()
+    options = dict(sample_inputs=inputs, dynamic=False, opset=opset, progress=None)
+    to_onnx(Attend(), tmp_path / "model.onnx", **options)
 
 
 class Fails(nn.Module):
