@@ -128,8 +128,10 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory() as cache:
                 command = [sys.executable, __file__, "--device", options.device, "--one", name, way, core]
+                # the packages that this process found
+                paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
                 environ = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache,
-                                        "PYTHONPATH": str(ROOT)}  # fmt: skip
+                                        "PYTHONPATH": paths}  # fmt: skip
                 done = subprocess.run(command, capture_output=True, text=True, env=environ)
             row = {"model": name, "core": core, "way": way}
             row |= json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-300:]}
