@@ -34,7 +34,7 @@ class Compiled:
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *args, num_warps=4, num_stages=3, **constants):
+    def launch(self, *args, num_warps=4, num_stages=3, maxnreg=None, **constants):
         signature, constexprs, attrs, values = {}, {}, {}, iter(args)
         for i, name in enumerate(self.kernel.arg_names):
             value = constants[name] if name in constants else next(values)
@@ -49,7 +49,8 @@ class Compiled:
                     attrs[(i,)] = [["tt.divisibility", 16]]
             else:
                 signature[name] = "fp32"
-        self.compile(ASTSource, signature, constexprs, attrs, num_warps=num_warps, num_stages=num_stages)
+        options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
+        self.compile(ASTSource, signature, constexprs, attrs, **options)
 
     def compile(self, source, signature, constexprs, attrs, **options):
         name = self.kernel.fn.__name__
@@ -105,12 +106,17 @@ def linear() -> None:
         (112, 112, torch.bfloat16, "softmax", True, 4099, 4099),
         (160, 160, torch.bfloat16, "relu", False, 4099, 4099),
         (64, 64, torch.bfloat16, "softmax", True, 4099, 4099),
+        (112, 112, torch.bfloat16, "relu", True, 4099, 4099),
+        (96, 96, torch.float16, "elu1", False, 4099, 4099),
     ]
     if ARCH == 90:
         cases = [
             (32, 32, torch.bfloat16, "relu", False, 4099, 4099),
             (64, 64, torch.bfloat16, "elu1", False, 4099, 4099),
+            (40, 40, torch.bfloat16, "elu1", False, 4099, 4099),
+            (96, 96, torch.bfloat16, "elu1", False, 4099, 4099),
             (112, 112, torch.bfloat16, "relu", True, 4099, 4099),
+            (160, 160, torch.bfloat16, "elu1", False, 4099, 4099),
             (40, 24, torch.float16, "softmax", False, 4099, 4099),
             (16, 256, torch.float32, None, False, 4099, 4099),
             # The compiler takes a length of 1 for a constant.
@@ -118,8 +124,8 @@ def linear() -> None:
             (40, 40, torch.bfloat16, "softmax", False, 9, 1),
         ]
     for D, E, dtype, feature_map, rotated, N, M in cases:
-        q, k = meta(2, N, 4, D, dtype=dtype), meta(2, M, 4, D, dtype=dtype)
-        v, grad = meta(2, M, 4, E, dtype=dtype), meta(2, N, 4, E, dtype=dtype)
+        q, k = meta(2, N, 6, D, dtype=dtype), meta(2, M, 6, D, dtype=dtype)
+        v, grad = meta(2, M, 6, E, dtype=dtype), meta(2, N, 6, E, dtype=dtype)
         angles = meta(N, D // 2, dtype=torch.float32) if rotated else None
         _, state = launchers.linear_attention_fwd(q, k, v, angles, angles, feature_map, 1e-6)
         launchers.linear_attention_bwd(grad, q, k, v, angles, angles, state, feature_map, 1e-6)
@@ -179,8 +185,9 @@ def causal() -> None:
         if launchers.recurrent_fits(D, E, normalize):
             launchers.causal_linear_attention_recurrent(q, k, v, g, state, state, *options)
     both_ways = importlib.import_module("diffattn.kernels.causal_linear_attention.triton_bidirectional")
-    x, g = meta(2, 1024, 4, 32), meta(2, 1024, 4, dtype=torch.float32)
-    both_ways.bidirectional_linear_attention_fwd(x, x, x, g, None, True, 1e-6, 1, False)
+    for D, feature_map, keep in [(128, None, False)] if ARCH == 89 else [(64, "elu1", False), (128, None, True)]:
+        x, y, g = meta(2, 1024, 4, D), meta(2, 1024, 2, D), meta(2, 1024, 2, dtype=torch.float32)
+        both_ways.bidirectional_linear_attention_fwd(x, y, y, g, feature_map, True, 1e-6, 1, keep)
 
 
 def block_sparse() -> None:

@@ -93,7 +93,7 @@ def test_a_broken_file_is_named(autotune):
 def test_results_are_right_during_and_after_a_search(function, autotune, device, triton_backend, monkeypatch):
     if not torch.cuda.is_available():  # the interpreter is slow
         launchers = importlib.import_module("diffattn.kernels.linear_attention.triton")
-        monkeypatch.setattr(launchers, "_other_launches", lambda launch: [launch])
+        monkeypatch.setattr(launchers, "other_launches", lambda launch: [launch])
     q, k, v = (torch.randn(1, 2100, 2, 16, dtype=torch.float16).to(device) for _ in range(3))
     q = q[:, :20]
     config.backend = "torch"

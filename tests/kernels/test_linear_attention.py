@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from diffattn import config
+from diffattn.kernels._launch import padded
 from diffattn.kernels.linear_attention import linear_attention, linear_attention_reference
+from diffattn.kernels.linear_attention.launches import pieces
 
 MAPS = ("relu", "elu1", "softmax", None)
 # relative Frobenius errors; rounding the output alone costs 1.7e-3, 2.1e-4 and 3e-8
@@ -83,6 +85,25 @@ def test_maps(feature_map, rotated, dtype, device, triton_backend):
 def test_head_dims(D, E, dtype, device, triton_backend):
     feature_map = "elu1" if D % 3 == 1 else "relu"
     check(*make_inputs(device, dtype, N=40, H=1, D=D, E=E), feature_map=feature_map)
+
+
+def test_pieces():
+    """Tiles that cover the features, with no more padding than one tile has, and none narrower than 64."""
+    for features in range(1, 257):
+        first, second = pieces(features)
+        assert first + second >= features > (first if second else 0)
+        assert first + second <= max(64, padded(features))
+        assert all(width == max(64, padded(width)) for width in (first, second) if width)
+    assert [pieces(features) for features in (40, 96, 160, 250)] == [(64, 0), (128, 0), (128, 64), (256, 0)]
+    assert pieces(20, least=32) == (32, 0)
+
+
+@pytest.mark.parametrize(("D", "E"), [(40, 96), (72, 40), (250, 200)])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_pieces_of_both_widths(D, E, rotated, device, triton_backend):
+    """One or two pieces of keys and of values, and states that are cut along E."""
+    q, k, v = make_inputs(device, torch.float16, N=70, H=2, Hkv=1, D=D, E=E)
+    check(q, k, v, feature_map="elu1", rotary=make_rotary(device, 70, D) if rotated else None)
 
 
 @pytest.mark.parametrize("feature_map", ["relu", "softmax"])
@@ -178,6 +199,26 @@ def test_strides(layout, D, device, triton_backend):
     assert not q.is_contiguous()
     grad = layout(torch.randn(q.shape, device=device, dtype=q.dtype))
     assert_close(run(linear_attention, q, k, v, grad), oracle(q, k, v, grad), q.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.clone, channel_first, heads_first])
+@pytest.mark.parametrize(
+    ("N", "H", "D", "feature_map"), [(128, 2, 32, "relu"), (70, 4, 16, "elu1"), (200, 6, 8, None)]
+)
+def test_heads_that_share_a_tile(N, H, D, feature_map, layout, dtype, device, triton_backend):
+    q, k, v = (layout(x) for x in make_inputs(device, dtype, B=2, N=N, H=H, D=D, feature_map=feature_map))
+    check(q, k, v, feature_map=feature_map)
+    # what one head gets is its neighbours' affair only where nothing separates 0 from 0 / 0
+    check(q, k, v, feature_map=feature_map, eps=0.0)
+
+
+@pytest.mark.parametrize("layout", [torch.clone, channel_first])
+@pytest.mark.parametrize(("N", "D", "E"), [(128, 72, 128), (150, 128, 72), (128, 160, 160)])
+def test_wide_heads(N, D, E, layout, device, triton_backend):
+    """Programs share the work, and a state is cut in blocks or not, by its dtype."""
+    for dtype in (torch.float16, torch.bfloat16) if on_gpu else (torch.float16,):
+        check(*(layout(x) for x in make_inputs(device, dtype, N=N, H=2, Hkv=1, D=D, E=E)))
 
 
 def test_slices_of_fused_projections(device, triton_backend):
@@ -298,6 +339,12 @@ def test_every_element_is_written(feature_map, rotated, E, device, triton_backen
             for feature_map in ("relu", "softmax", None)
             for dtype in (torch.float16, torch.bfloat16)
         ),
+        # in pieces
+        *(
+            pytest.param(D, feature_map, torch.bfloat16, marks=gpu)
+            for D in (40, 96, 128, 160)
+            for feature_map in ("relu", "elu1")
+        ),
     ],
 )
 def test_same_bits_every_time(D, feature_map, dtype, device, triton_backend):
@@ -339,7 +386,10 @@ def give_memory_back():
 
 @gpu
 @pytest.mark.parametrize("feature_map", MAPS)
-@pytest.mark.parametrize(("N", "H", "D"), [(16384, 4, 32), (65536 + 17, 1, 64), (16384, 2, 112), (16384, 2, 128)])
+@pytest.mark.parametrize(
+    ("N", "H", "D"),
+    [(16384, 4, 32), (16384, 2, 40), (65536 + 17, 1, 64), (16384, 2, 96), (16384, 2, 112), (16384, 2, 128)],
+)
 def test_many_tokens(N, H, D, feature_map, device, triton_backend, give_memory_back):
     q, k, v = make_inputs(device, torch.bfloat16, N=N, H=H, D=D, feature_map=feature_map)
     rotary = make_rotary(device, N, D) if D == 112 else None

@@ -1,7 +1,6 @@
-"""Launchers of the Triton kernels: block sizes, how the tokens are cut among programs, scratch memory."""
+"""Launchers of the Triton kernels."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 
@@ -16,90 +15,37 @@ from diffattn.kernels._launch import (
     aligned,
     alignment,
     cdiv,
-    multiprocessors,
     on_device,
     padded,
     power_of_2,
     rotary_tables,
 )
-from diffattn.kernels.linear_attention.triton_bwd import (
-    linear_attention_dkv_bwd_kernel,
-    linear_attention_dq_bwd_kernel,
+from diffattn.kernels.linear_attention.launches import (
+    CONFIGS,
+    FUSED_TOKENS,
+    PACKED_WIDTH,
+    PIECES_BLOCK,
+    STATE_BLOCK,
+    choose_launch,
+    cut,
+    other_launches,
+    pieces,
+    registers,
 )
+from diffattn.kernels.linear_attention.triton_dkv import linear_attention_dkv_bwd_kernel
+from diffattn.kernels.linear_attention.triton_dq import linear_attention_dq_bwd_kernel
 from diffattn.kernels.linear_attention.triton_fwd import (
     linear_attention_fused_fwd_kernel,
     linear_attention_output_fwd_kernel,
+)
+from diffattn.kernels.linear_attention.triton_pieces import (
+    linear_attention_pieces_output_fwd_kernel,
+    linear_attention_pieces_state_fwd_kernel,
 )
 from diffattn.kernels.linear_attention.triton_state import (
     linear_attention_reduce_kernel,
     linear_attention_state_fwd_kernel,
 )
-
-# By kernel, then by the padded width of a tile: the first entry at least as wide is taken. Chosen on one H100 in
-# bfloat16 (benchmarks/NOTES.md). "queries" is dq and dS in one kernel, "keys" dk and dv.
-CONFIGS = {
-    "fused": {32: Launch(128, 4, 3, 4), 64: Launch(64, 4, 3, 4)},
-    "state": {64: Launch(64, 4, 3, 2), 128: Launch(64, 4, 3, 2), 256: Launch(32, 8, 2, 1)},
-    "output": {64: Launch(64, 4, 4, 2), 128: Launch(64, 4, 2, 2), 256: Launch(64, 8, 2, 1)},
-    "queries": {32: Launch(64, 4, 3, 4), 64: Launch(64, 4, 3, 2)},
-    "dq": {128: Launch(64, 8, 3, 2), 256: Launch(32, 8, 1, 1)},
-    "dstate": {128: Launch(64, 8, 3, 2), 256: Launch(32, 8, 2, 1)},
-    "keys": {32: Launch(128, 8, 2, 2), 64: Launch(64, 4, 3, 4)},
-    "dk": {128: Launch(64, 8, 2, 2), 256: Launch(16, 8, 1, 1)},
-    "dv": {128: Launch(64, 4, 3, 2), 256: Launch(64, 8, 1, 1)},
-}
-# The most elements of one D x BE block of the state, by the bytes of its parts: larger heads are cut along E. Half of
-# it where shared memory is small.
-STATE_BLOCK = {2: 128 * 128, 4: 64 * 128}
-# What a program costs besides its tokens, in steps: loading the state, writing a part.
-STEPS_PER_PROGRAM = 2
-# Narrow heads share a tile of up to this many features.
-PACKED_WIDTH = 64
-# Up to this many tokens one program takes a whole head; beyond, other multiprocessors would wait for it.
-FUSED_TOKENS = 2048
-
-
-@functools.lru_cache(maxsize=1024)
-def choose_launch(kernel: str, width: int, dtype: torch.dtype, rotary: bool = False, small: bool = False) -> Launch:
-    table = CONFIGS[kernel]
-    launch = table[min(w for w in table if w >= width)]
-    if dtype != torch.bfloat16:
-        # parts of 4 bytes
-        launch = launch._replace(stages=min(2, launch.stages))
-        if width > 64:
-            launch = launch._replace(warps=8, resident=1)
-    if dtype == torch.float32:
-        launch = launch._replace(block=max(16, launch.block // 2), stages=1)
-    if rotary and width > 64:
-        # tables of cos and sin to hold as well
-        launch = launch._replace(stages=min(launch.stages, 2 if width <= 128 else 1))
-        if kernel == "state":
-            launch = launch._replace(block=32, warps=8)
-    if small and (width > 64 or rotary):
-        # Compiled for such GPUs, measured on none.
-        launch = launch._replace(stages=min(2, launch.stages), block=min(32, launch.block))
-    return launch
-
-
-def _other_launches(launch: Launch) -> list[Launch]:
-    """What a search tries beside the table's choice."""
-    blocks = (max(16, launch.block // 2), launch.block, 2 * launch.block)
-    choices = itertools.product(blocks, (4, 8), (2, 3, 4), (1, 2, 4))
-    return [Launch(*choice) for choice in choices]
-
-
-@functools.lru_cache(maxsize=4096)
-def _cut(launch: Launch, device: torch.device, tokens: int, heads: int) -> tuple[int, int]:
-    """(chunk, n_chunks) of a kernel that walks over the tokens of `heads` heads: n_chunks programs a head, of `chunk`
-    blocks each, so that all finish soonest if as many run at a time as fit the device."""
-    slots = multiprocessors(device) * launch.resident
-    steps = cdiv(tokens, launch.block)
-
-    def finish(chunks):
-        return cdiv(heads * chunks, slots) * (cdiv(steps, chunks) + STEPS_PER_PROGRAM)
-
-    chunk = cdiv(steps, min(range(1, min(steps, cdiv(8 * slots, heads)) + 1), key=finish))
-    return chunk, cdiv(steps, chunk)
 
 
 class _Problem:
@@ -128,26 +74,42 @@ class _Problem:
         self.packed_width = self.width * self.pack
         packed = {"PACK": self.pack} | ({} if self.pack == 1 else {"BD": self.packed_width, "BE": self.packed_width})
         self.rotary = (q, q, 0, 0, 0)
+        self.tables = cos, sin
         if cos is not None:
             tables, strides = rotary_tables(cos, sin)
             self.constants["ROTARY"] = aligned(tables[0])
             self.rotary = (*tables, *strides)
+        # whether the forward takes the kernels of triton_pieces.py
+        self.in_pieces = not self.softmax and (self.width > 64 or cos is not None)
+        # its narrowest tile: see `pieces`
+        self.least = min(64, self.width)
         # the forward kernels' constants: heads share tiles
         self.packed = self.constants | packed
 
+    @functools.cached_property
+    def turns(self):
+        """(the rotary tables side by side, the stride of samples), see triton_pieces.py; without tables, something."""
+        cos, sin = self.tables
+        if cos is None:
+            return self.rotary[0], 0
+        turns = torch.stack((cos, sin), -1)
+        if self.dtype == torch.bfloat16:
+            turns = turns.half()
+        return turns, turns.stride(0) if cos.ndim == 3 and cos.shape[0] > 1 else 0
+
     def run(self, kernel: str, function: Callable, tokens: int, heads: int, e_blocks: int = 1, width: int = 0):
         """function(launch, chunk, n_chunks), with the table's launch, or the fastest where a search is asked for."""
-        rotary = self.constants["ROTARY"] > 0
+        rotary = self.constants["ROTARY"] > 0 and not kernel.startswith("rotary")
         programs = self.B * heads * e_blocks
 
         def launched(launch):
-            return function(launch, *_cut(launch, self.device, tokens, programs))
+            return function(launch, *cut(launch, self.device, tokens, programs))
 
         launch = choose_launch(kernel, width or self.width, self.dtype, rotary, small_shared_memory(self.device))
         if config.autotune:
             problem = (self.D, self.E, self.pack, str(self.constants["MAP"]), rotary, str(self.dtype))
             key = (*problem, size_class(tokens), size_class(programs))
-            launch = tuned(f"linear_attention {kernel}", key, launch, _other_launches(launch), launched)
+            launch = tuned(f"linear_attention {kernel}", key, launch, other_launches(launch), launched)
         return launched(launch)
 
     def empty(self, *shape, dtype=torch.float32):
@@ -225,12 +187,39 @@ def linear_attention_bwd(grad, q, k, v, cos, sin, state, feature_map, eps):
     if dq.numel() == 0 or dk.numel() == 0 or dv.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     with on_device(q):
-        dnormalizer, dstate = _write_dq(p, grad, q, state, dq, eps)
-        _write_dk_dv(p, k, v, state, dstate, dnormalizer, dk, dv)
+        dstate = _write_dq(p, grad, q, state, dq, eps)
+        _write_dk_dv(p, k, v, state, dstate, dk, dv)
     return dq, dk, dv
 
 
+def _block_of_values(p: _Problem, features: int) -> int:
+    """The widest block of E, a power of two, that makes a state of so many features fit."""
+    limit = PIECES_BLOCK[2 if p.dtype == torch.bfloat16 else 4] // (2 if small_shared_memory(p.device) else 1)
+    return min(max(padded(p.E), p.least), power_of_2(limit // features + 1) // 2)
+
+
+def _key_state_in_pieces(p: _Problem, k, v):
+    BD, BD2 = pieces(p.D, p.least)
+    BE = _block_of_values(p, BD + BD2)
+    turns, stride_tb = p.turns
+
+    def launched(launch, chunk, n_chunks):
+        parts = p.empty(p.B, p.Hkv, n_chunks, p.state_size)
+        linear_attention_pieces_state_fwd_kernel[(p.B * p.Hkv * n_chunks, cdiv(p.E, BE))](
+            k, v, turns, parts, *k.stride(), *v.stride(), stride_tb, p.M, p.Hkv, n_chunks, chunk,
+            D=p.D, E=p.E, BD=BD, BD2=BD2, BE=BE, BM=launch.block, MAP=p.constants["MAP"],
+            ROTARY=p.constants["ROTARY"] > 0, ALIGN=aligned(k, v), PARTS=p.parts, STAGES=launch.stages,
+            num_warps=launch.warps, num_stages=launch.stages, maxnreg=registers(launch, p.dtype),
+        )  # fmt: skip
+        return p.reduce(parts)
+
+    kernel = "rotary_state" if p.constants["ROTARY"] else "pieces_state"
+    return p.run(kernel, launched, p.M, p.Hkv, cdiv(p.E, BE), max(BD + BD2, sum(pieces(p.E, p.least))))
+
+
 def _key_state(p: _Problem, k, v):
+    if p.in_pieces:
+        return _key_state_in_pieces(p, k, v)
     heads = p.Hkv // p.pack
 
     def sum_keys(rotated, online, log_sum):
@@ -267,7 +256,35 @@ def output_parts(width: int, dtype: torch.dtype, exact: bool) -> str:
     return "tf32cut" if width >= 128 and dtype == torch.bfloat16 and not exact else PARTS[dtype]
 
 
+def _write_output_in_pieces(p: _Problem, q, state, o, eps):
+    BD, BD2 = pieces(p.D, p.least)
+    rotary = p.constants["ROTARY"] > 0
+    if rotary and BD >= 128 and BD2 == 0:
+        # half of the queries in registers at a time
+        BD, BD2 = BD // 2, BD // 2
+    BE, BE2 = pieces(p.E, p.least)
+    most = _block_of_values(p, BD + BD2)
+    if BE + BE2 > most:
+        BE, BE2 = most, 0
+    e_blocks = 1 if BE2 else cdiv(p.E, BE)
+    turns, stride_tb = p.turns
+    parts = "tf32x1" if p.dtype == torch.float16 and p.width >= 128 else p.parts
+
+    def launched(launch, chunk, n_chunks):
+        linear_attention_pieces_output_fwd_kernel[(p.B * p.H * n_chunks, e_blocks)](
+            q, turns, state, o, *q.stride(), stride_tb, p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps,
+            D=p.D, E=p.E, BD=BD, BD2=BD2, BE=BE, BE2=BE2, BN=launch.block, MAP=p.constants["MAP"],
+            ROTARY=rotary, ALIGN=aligned(q), PARTS=parts, STAGES=launch.stages,
+            num_warps=launch.warps, num_stages=launch.stages, maxnreg=registers(launch, p.dtype),
+        )  # fmt: skip
+
+    kernel = "rotary_output" if rotary else "pieces_output"
+    p.run(kernel, launched, p.N, p.H, e_blocks, max(BD + BD2, BE + BE2))
+
+
 def _write_output(p: _Problem, q, state, o, eps):
+    if p.in_pieces:
+        return _write_output_in_pieces(p, q, state, o, eps)
     heads = p.H // p.pack
     parts = output_parts(p.width, p.dtype, p.raw)
 
@@ -282,35 +299,32 @@ def _write_output(p: _Problem, q, state, o, eps):
 
 
 def _write_dq(p: _Problem, grad, q, state, dq, eps):
-    """Write dq and return the gradients of the normalizer (for "softmax", nothing of use) and of S, (B, Hkv, D E)."""
+    """Write dq and return the gradients of S and, but for "softmax", z: (B, Hkv, D E + D) like the state."""
+    heads = p.H // p.pack
+    # wide heads leave no registers to do two things at once
+    sharers = 1 if p.packed_width <= 64 else 1 + p.e_blocks
+    part_size = p.D * p.E if p.softmax else p.state_size
 
-    def queries_bwd(kernel, dq, do_dq, do_dstate):
-        e_blocks = 1 if do_dq else p.e_blocks
+    def launched(launch, chunk, n_chunks):
+        parts = p.empty(p.B, p.H, n_chunks, part_size)
+        linear_attention_dq_bwd_kernel[(p.B * heads * n_chunks * sharers,)](
+            grad, q, *p.rotary[:2], state, dq, parts, *grad.stride(), *q.stride(), *p.rotary[2:],
+            p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.packed, BN=launch.block, ALIGN=aligned(grad, q),
+            PARTS=p.parts, SHARERS=sharers, PART_SIZE=part_size, TURNED=q.stride(1) == 1,
+            EDGE=p.N % launch.block > 0, **_compiled(launch, p.dtype),
+        )  # fmt: skip
+        # the parts of the query heads that share a kv head lie side by side
+        return p.reduce(parts.view(p.B, p.Hkv, p.H // p.Hkv * n_chunks, part_size))
 
-        def launched(launch, chunk, n_chunks):
-            dnormalizer = p.empty(p.B, p.H, n_chunks, p.D if do_dq and not p.softmax else 0)
-            dstate = p.empty(p.B, p.H, n_chunks, p.D * p.E if do_dstate else 0)
-            linear_attention_dq_bwd_kernel[(p.B * p.H * n_chunks, e_blocks)](
-                grad, q, *p.rotary[:2], state, dq, dnormalizer, dstate, *grad.stride(), *q.stride(), *p.rotary[2:],
-                p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps, **p.constants, BN=launch.block, ALIGN=aligned(grad, q),
-                PARTS=p.parts, DQ=do_dq, DSTATE=do_dstate, STAGES=launch.stages,
-                num_warps=launch.warps, num_stages=launch.stages,
-            )  # fmt: skip
-            # the parts of the query heads that share a kv head lie side by side
-            return (x.view(p.B, p.Hkv, p.H // p.Hkv * n_chunks, x.shape[-1]) for x in (dnormalizer, dstate))
-
-        return p.run(kernel, launched, p.N, p.H, e_blocks)
-
-    if p.width <= max(CONFIGS["queries"]):
-        dnormalizer, dstate = queries_bwd("queries", dq, True, True)
-    else:
-        dnormalizer, _ = queries_bwd("dq", dq, True, False)
-        _, dstate = queries_bwd("dstate", dq, False, True)
-    return None if p.softmax else p.reduce(dnormalizer), p.reduce(dstate)
+    # Where E is cut, dq's programs have more to do than dS's: as many of both as if they did not share even out.
+    return p.run("queries", launched, p.N, heads, sharers if p.e_blocks == 1 else 1, p.packed_width)
 
 
-def _write_dk_dv(p: _Problem, k, v, state, dstate, dnormalizer, dk, dv):
-    def keys_bwd(kernel, dnormalizer, do_dk=False, do_dv=False):
+def _write_dk_dv(p: _Problem, k, v, state, dstate, dk, dv):
+    heads = p.Hkv // p.pack
+    correction = dstate
+
+    def keys_bwd(kernel, do_dk=False, do_dv=False):
         """do_dk, do_dv: write them. With neither, return the correction of the softmax over tokens."""
         correct = not (do_dk or do_dv)
         # float16 parts of wide heads: see `_write_output`
@@ -318,22 +332,35 @@ def _write_dk_dv(p: _Problem, k, v, state, dstate, dnormalizer, dk, dv):
 
         def launched(launch, chunk, n_chunks):
             parts = p.empty(p.B, p.Hkv, n_chunks, p.D if correct else 0)
-            linear_attention_dkv_bwd_kernel[(p.B * p.Hkv * n_chunks,)](
-                k, v, *p.rotary[:2], state, dstate, dnormalizer, parts if correct else dk, dv,
-                *k.stride(), *v.stride(), *p.rotary[2:], p.M, p.Hkv, n_chunks, chunk, **p.constants, BM=launch.block,
-                ALIGN=aligned(k, v), PARTS=precision, DK=do_dk, DV=do_dv, CORRECT=correct, STAGES=launch.stages,
-                num_warps=launch.warps, num_stages=launch.stages,
+            linear_attention_dkv_bwd_kernel[(p.B * heads * n_chunks,)](
+                k, v, *p.rotary[:2], state, dstate, correction, parts if correct else dk, dv,
+                *k.stride(), *v.stride(), *p.rotary[2:], p.M, p.Hkv, n_chunks, chunk, **p.packed, BM=launch.block,
+                ALIGN=aligned(k, v), PARTS=precision, DK=do_dk, DV=do_dv, CORRECT=correct,
+                TURNED=k.stride(1) == 1, EDGE=p.M % launch.block > 0, **_compiled(launch, p.dtype),
             )  # fmt: skip
             return p.reduce(parts) if correct else None
 
-        return p.run(kernel, launched, p.M, p.Hkv)
+        return p.run(kernel, launched, p.M, heads, width=p.packed_width)
 
     if p.softmax and p.constants["ROTARY"]:
-        dnormalizer = keys_bwd("dk", state)
+        correction = keys_bwd("dk")
     elif p.softmax:
-        dnormalizer = (state[..., : p.D * p.E] * dstate).unflatten(-1, (p.D, p.E)).sum(-1)
-    if p.width <= max(CONFIGS["keys"]):
-        keys_bwd("keys", dnormalizer, do_dk=True, do_dv=True)
+        correction = (state[..., : p.D * p.E] * dstate).unflatten(-1, (p.D, p.E)).sum(-1)
+    if _keys_at_once(p):
+        keys_bwd("keys", do_dk=True, do_dv=True)
     else:
-        keys_bwd("dk", dnormalizer, do_dk=True)
-        keys_bwd("dv", dnormalizer, do_dv=True)
+        keys_bwd("dk", do_dk=True)
+        keys_bwd("dv", do_dv=True)
+
+
+def _keys_at_once(p: _Problem) -> bool:
+    """Whether dk and dv come from one kernel: beyond these widths there are no registers for it."""
+    return p.packed_width <= (64 if p.constants["ROTARY"] else max(CONFIGS["keys"])) and p.e_blocks == 1
+
+
+def _compiled(launch: Launch, dtype: torch.dtype) -> dict[str, int | bool | None]:
+    """How a backward kernel is compiled."""
+    return dict(
+        APART=dtype == torch.bfloat16 and launch.block < 16 * launch.warps, STAGES=launch.stages,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=registers(launch, dtype),
+    )  # fmt: skip

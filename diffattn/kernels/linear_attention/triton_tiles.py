@@ -26,13 +26,15 @@ import triton.language as tl
 
 # Arguments that differ from call to call: a kernel made for each value would be compiled again and again.
 COUNTS = ["n_heads", "n_chunks", "chunk"]
+# Triton 3.2 cannot prefetch a tile into the layout of a product: it ends the process.
+PREFETCHES_TO_PRODUCTS = tl.constexpr(not triton.__version__.startswith("3.2."))
 
 
 @triton.jit
-def program_part(n_heads, n_chunks, chunk, n_blocks, PACK: tl.constexpr):
-    """(sample, first head, chunk, first block, last block) of this program. Heads vary fastest: programs that run
-    together read the same rows of memory."""
-    i_p = tl.program_id(0)
+def program_part(n_heads, n_chunks, chunk, n_blocks, PACK: tl.constexpr, SHARERS: tl.constexpr = 1):
+    """(sample, first head, chunk, first block, last block) of this program, the same for SHARERS in a row. Heads vary
+    fastest: programs that run together read the same rows of memory."""
+    i_p = tl.program_id(0) // SHARERS
     n_groups = n_heads // PACK
     i_h = i_p % n_groups * PACK
     i_chunk = i_p // n_groups % n_chunks
@@ -111,25 +113,26 @@ def state_offsets(o_d, o_e, head_size, D: tl.constexpr, E: tl.constexpr, PACK: t
 
 
 @triton.jit
-def map_elements(x, MAP: tl.constexpr):
-    """phi for the maps that act on each element alone, float32; -inf gives 0."""
+def map_elements(x, MAP: tl.constexpr, zero=0.0):
+    """phi for the maps that act on each element alone, float32; -inf gives 0. `zero` may be a tensor of zeros, whose
+    layout the result then has."""
     x = x.to(tl.float32)
     if MAP == "relu":
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.maximum(x, zero, propagate_nan=tl.PropagateNan.ALL)
     if MAP == "elu1":
         # exp2 is one instruction; exp would take care of denormal results
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + tl.exp2(tl.minimum(x, 0.0) * 1.4426950408889634)
+        x = tl.maximum(x, zero, propagate_nan=tl.PropagateNan.ALL) + tl.exp2(tl.minimum(x, zero) * 1.4426950408889634)
     if MAP is None:
         # As loaded it would go straight into a product, and the pipeline keeps too few buffers of a tile that does
         # that and has another use: a race (triton-lang/triton#6691). The compiler does not fold an added 0.
-        x += 0.0
+        x += zero
     return x
 
 
 @triton.jit
-def map_query(x, m_d, MAP: tl.constexpr, PADDED: tl.constexpr):
+def map_query(x, m_d, MAP: tl.constexpr, PADDED: tl.constexpr, zero=0.0):
     """phi(q), [BN, BD] float32."""
-    x = map_elements(x, MAP)
+    x = map_elements(x, MAP, zero)
     if MAP == "softmax":
         if PADDED:
             x = tl.where(m_d, x, float("-inf"))
@@ -226,3 +229,43 @@ def dot_state(x, high, low, EXACT: tl.constexpr, PARTS: tl.constexpr):
         y = tl.dot(x_high, low, y, input_precision="tf32")
         y = tl.dot(x_low, high, y, input_precision="tf32")
     return y
+
+
+@triton.jit
+def load_tokens(p, offsets, m_d, m_n, PADDED: tl.constexpr, EDGE: tl.constexpr, TURNED: tl.constexpr):
+    """The tile [BN, BD] at p + offsets, 0 outside the masks. TURNED: its tokens lie side by side in memory."""
+    if TURNED:
+        # the pipeline fetches ahead what is loaded as it lies, and not what goes into a product turned
+        x = tl.trans(load_tile(p, tl.trans(offsets), tl.trans(m_d), tl.trans(m_n), PADDED, EDGE, 0.0))
+    else:
+        x = load_tile(p, offsets, m_d, m_n, PADDED, EDGE, 0.0)
+    return x
+
+
+@triton.jit
+def dot_parts(x, high, low, n, EXACT: tl.constexpr, PARTS: tl.constexpr, APART: tl.constexpr):
+    """`dot_state`; APART: with products that are summed outside of them. A sum that one hands to the next makes the
+    compiler give whole rows to each warp, and with fewer than 16 rows a warp it computes all of them twice."""
+    if not APART:
+        y = dot_state(x, high, low, EXACT, PARTS)
+    else:
+        # a plain zero would be folded, and the sum handed on after all
+        zero = tl.zeros((x.shape[0], high.shape[1]), tl.float32) + nothing(n)
+        if EXACT:
+            x = x.to(high.dtype)
+            y = tl.dot(x, high, zero) + tl.dot(x, low, zero)
+        else:
+            x_high, x_low = split(x, PARTS)
+            y = tl.dot(x_high, high, zero) + tl.dot(x_high, low, zero) + tl.dot(x_low, high, zero)
+    return y
+
+
+@triton.jit
+def zero_of_products(BN: tl.constexpr, BD: tl.constexpr, dtype: tl.constexpr):
+    """[BN, 1] float32 zeros that lie among the threads as the rows of a product [BN, BD] do. What is computed with
+    them lies so, too: a tile in the layout it was loaded in would be mapped a second time where it meets a product."""
+    if PREFETCHES_TO_PRODUCTS:
+        zero = tl.sum(tl.dot(tl.zeros((BN, 16), dtype), tl.zeros((16, BD), dtype)), 1)
+    else:
+        zero = tl.zeros((BN,), tl.float32)
+    return zero[:, None]
