@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffattn.kernels import bidirectional_linear_attention, linear_attention
-from tests.kernels.test_causal_linear_attention import BUDGET, DECAYS, gpu, make_inputs
+from tests.kernels.test_causal_linear_attention import BUDGET, DECAYS, ENOUGH, gpu, make_inputs
 
 NAMES = ("o", "dq", "dk", "dv", "ddecay")
 
@@ -52,8 +52,9 @@ def test_kernels(decay, block, dtype, device, triton_backend):
     normalize = dtype == torch.float32
     options = dict(feature_map="elu1" if normalize else None, normalize=normalize, block=block, eps=1e-6)
     N = 18 if decay == "channel" else 20 if block > 1 else 70
-    *inputs, _ = make_inputs(device, dtype, N=N, H=2, Hkv=1, D=8, block=block, decay=decay, feature_map="elu1")
-    grad = torch.randn(1, N, 2, 8, device=device, dtype=dtype)
+    B = ENOUGH if dtype == torch.bfloat16 else 1
+    *inputs, _ = make_inputs(device, dtype, B=B, N=N, H=2, Hkv=1, D=8, block=block, decay=decay, feature_map="elu1")
+    grad = torch.randn(B, N, 2, 8, device=device, dtype=dtype)
     actual = run(ours, inputs, grad, **options)
     expected = run(dense, [None if x is None else x.double() for x in inputs], grad.double(), **options)
     for name, a, e in zip(NAMES, actual, expected, strict=False):
@@ -62,6 +63,37 @@ def test_kernels(decay, block, dtype, device, triton_backend):
     with torch.no_grad():
         o = ours(*inputs, **options)
     assert (o.double() - expected[0]).norm() / expected[0].norm() <= BUDGET[dtype]
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize(
+    ("decay", "strength"), [(None, 0), ("token", 0.01), ("token", 1.0), ("token", 300.0), ("head", 0.1)]
+)
+def test_states_of_tiles(decay, strength, segments, device, triton_backend, monkeypatch):
+    """Many tiles, the last one not full, in one piece and in several; query heads share the states of their group."""
+    from diffattn.kernels.causal_linear_attention import triton
+
+    monkeypatch.setattr(triton, "_segments", lambda launch, heads, steps, *_: -(-steps // -(-steps // segments)))
+    for feature_map, normalize in (("elu1", True), (None, False)):
+        *inputs, _ = make_inputs(
+            device, torch.float32, B=1, N=150, H=4, Hkv=2, D=12, E=20, decay=decay, strength=strength,
+            feature_map=feature_map, normalize=normalize,
+        )  # fmt: skip
+        if strength > 100:
+            # weights of 1 among such of 0
+            inputs[3] = torch.where(torch.rand_like(inputs[3]) < 0.5, 0.0, inputs[3])
+        options = dict(feature_map=feature_map, normalize=normalize, block=1, eps=1e-6)
+        expected = dense(*(None if x is None else x.double() for x in inputs), **options)
+        error = (ours(*inputs, **options).double() - expected).norm() / expected.norm()
+        assert error <= BUDGET[torch.float32], f"relative error {error:.2e}"
+
+
+def test_no_number_stays_one(device, triton_backend):
+    """As in the equation: what depends on a decay that is no number is none."""
+    *inputs, _ = make_inputs(device, torch.float32, N=70, H=1, D=8, decay="token")
+    inputs[3][0, 20] = float("nan")
+    o = ours(*inputs)
+    assert o.isnan().all()
 
 
 @pytest.mark.parametrize("normalize", [True, False])

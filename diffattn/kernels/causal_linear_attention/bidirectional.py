@@ -7,6 +7,7 @@ from diffattn.kernels._backend import use_triton
 from diffattn.kernels._checks import check_qkv
 from diffattn.kernels.causal_linear_attention.ops import _launchers
 from diffattn.kernels.causal_linear_attention.reference import _map, causal_linear_attention_reference
+from diffattn.kernels.linear_attention import linear_attention
 
 _OPTIONS = "str? feature_map, bool normalize, float eps, int block"
 torch.library.define(
@@ -96,7 +97,7 @@ def bidirectional_linear_attention(
 
     w_nm is exp of the sum of g over the steps after m's up to n's where m comes first, and over the steps from n's to
     the one before m's where n does, which is what a scan of the reversed tokens gives; tokens of one step, n itself
-    among them, count once, with weight 1. Without decay it is `linear_attention`, which is faster.
+    among them, count once, with weight 1. Without decay and with a denominator it is `linear_attention`.
 
     Arguments, dtypes and errors as in `causal_linear_attention`; there is no state.
     Returns: (B, N, H, E) in the dtype of q.
@@ -107,6 +108,8 @@ def bidirectional_linear_attention(
     _check_options(q, k, feature_map, "auto", block, eps)
     if decay is not None:
         _check_decay(q, k, decay, block)
+    elif normalize:
+        return linear_attention(q, k, v, feature_map=feature_map, eps=eps)
     if kernels_fit(q, v, decay, block) and use_triton(q):
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, decay))
         return torch.ops.diffattn.bidirectional_linear_attention(

@@ -13,8 +13,11 @@ k_n . dk_n that decayed, the gradient of g_t is the sum of r_n - s_n over all to
 of the last state with its gradient: each pair of tokens counts in the steps between the two.
 """
 
+import functools
+
 import torch
 
+from diffattn.kernels._backend import small_shared_memory
 from diffattn.kernels._launch import PARTS, Launch, aligned, cdiv, multiprocessors, on_device, padded
 from diffattn.kernels.causal_linear_attention.reference import split_state
 from diffattn.kernels.causal_linear_attention.triton_channels import causal_linear_attention_channels_kernel
@@ -23,12 +26,16 @@ from diffattn.kernels.causal_linear_attention.triton_scan import (
     causal_linear_attention_quotient_kernel,
     causal_linear_attention_recurrent_kernel,
     causal_linear_attention_scan_kernel,
+    causal_linear_attention_sums_kernel,
 )
 from diffattn.kernels.causal_linear_attention.triton_walk import causal_linear_attention_walk_kernel
 
-# By kernel, then by the padded width of a tile: the first entry at least as wide is taken.
+# By kernel, then by the padded width of a tile: the first entry at least as wide is taken. "both" is the walk that
+# reads the state of all later tokens with each tile, "later" the one that writes it, in tiles of the same size.
 CONFIGS = {
-    "walk": {32: Launch(64, 4, 2, 4), 64: Launch(64, 4, 2, 2), 128: Launch(64, 8, 1, 1), 256: Launch(32, 8, 1, 1)},
+    "walk": {32: Launch(64, 4, 3, 2), 64: Launch(64, 4, 3, 2), 128: Launch(64, 8, 3, 1), 256: Launch(32, 8, 1, 1)},
+    "both": {32: Launch(64, 4, 3, 2), 64: Launch(64, 4, 3, 2), 128: Launch(64, 8, 2, 1), 256: Launch(64, 8, 1, 1)},
+    "later": {64: Launch(64, 4, 3, 2), 128: Launch(64, 8, 3, 1), 256: Launch(64, 8, 1, 1)},
     "frames": {32: Launch(64, 4, 2, 4), 64: Launch(64, 4, 2, 2), 128: Launch(64, 8, 1, 1), 256: Launch(32, 8, 1, 1)},
     "channels": {64: Launch(16, 4, 1, 4), 128: Launch(16, 4, 1, 2), 256: Launch(16, 8, 1, 1)},
 }
@@ -36,33 +43,56 @@ CONFIGS = {
 STATE_BLOCK = {2: 128 * 128, 4: 64 * 128}
 # The recurrence keeps a whole state in one program up to this size; it multiplies no matrices.
 RECURRENT_STATE = 128 * 128
-# What another segment costs in steps, and what the states of segments cost: their pass reads two tensors of four.
-STEPS_PER_PROGRAM = 3
-SEGMENTED_COST = 1.6
+# Costs in tiles of a program that has a multiprocessor to itself: of a program's start and end, and of two more
+# launches. The pass for the states of segments reads two tensors of four. From this part of the programs that fit the
+# device on, memory is busy and more of them are no faster.
+TILES_PER_PROGRAM = 3
+TILES_FOR_LAUNCHES = 10
+SEGMENTED_COST = 1.5
+SATURATED = 0.8
 
 
-def _launch(kernel: str, width: int, dtype: torch.dtype, block: int) -> Launch:
+def _launch(kernel: str, width: int, dtype: torch.dtype, block: int, small: bool) -> Launch:
     table = CONFIGS[kernel]
     launch = table[min(w for w in table if w >= width)]
     if dtype != torch.bfloat16 and width > 64:
         launch = launch._replace(warps=8, stages=1, resident=1)
     if dtype == torch.float32:
         launch = launch._replace(block=max(16, launch.block // 2), stages=1)
+    if small:
+        # Compiled for such GPUs, measured on none.
+        launch = launch._replace(stages=1 if width > 64 else min(2, launch.stages))
     if kernel == "frames":
         launch = launch._replace(block=min(launch.block, padded(block)))
     return launch
 
 
-def _segments(launch: Launch, heads: int, steps: int, device: torch.device) -> int:
-    """How many segments to cut `steps` tiles of each of `heads` heads into, so that all finish soonest."""
+@functools.lru_cache(1024)
+def _segments(launch: Launch, heads: int, steps: int, device: torch.device, tiles: int = 1) -> int:
+    """How many segments to cut `steps` of `tiles` tiles of each of `heads` heads into, so that all finish soonest."""
     slots = multiprocessors(device) * launch.resident
 
     def finish(n):
-        waves = cdiv(heads * n, slots) * (cdiv(steps, n) + STEPS_PER_PROGRAM)
-        return waves if n == 1 else waves * SEGMENTED_COST
+        full, rest = divmod(heads * n, slots)
+        waves = full / SATURATED + (max(1.0, rest / (SATURATED * slots)) if rest else 0)
+        cost = waves * (cdiv(steps, n) * tiles + TILES_PER_PROGRAM)
+        return cost if n == 1 else cost * SEGMENTED_COST + TILES_FOR_LAUNCHES
 
-    n = min((n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= max(1, steps)), key=finish)
+    n = min(range(1, max(1, min(steps, cdiv(4 * slots, heads))) + 1), key=finish)
     return cdiv(steps, cdiv(steps, n))
+
+
+def _sums(decay, tile, ways, post, rounds):
+    """Sums of a decay (B, N, H, 1) within tiles, and their strides as the walk reads them."""
+    B, N, H, _ = decay.shape
+    tiles = cdiv(N, tile)
+    shape = (2 if ways == 2 else 1, 1 if rounds else 2, B, H, tiles * (tile + 1))
+    sums = torch.empty(shape, dtype=torch.float32, device=decay.device)
+    with on_device(decay):
+        causal_linear_attention_sums_kernel[(tiles, B * H)](
+            decay, sums, *decay.stride()[:3], N, H, BN=tile, WAYS=ways, POST=post, ROUND=rounds, num_warps=1,
+        )  # fmt: skip
+    return sums, (sums.stride(2), sums.stride(1), sums.stride(3), sums.stride(0) if ways == 2 else 0)
 
 
 def _states(parts: torch.Tensor, transpose: bool = False) -> torch.Tensor:
@@ -76,16 +106,17 @@ def _join(S: torch.Tensor, tail: torch.Tensor | None) -> torch.Tensor:
 
 def _walk(
     q, k, v, *, decay=None, decay_on="keys", block=1, maps=(None, None, None), x=None, map_x=None, out_dtype=None,
-    flip=False, post=False, strict=False, norm=False, weigh=0, a=None, b=None, eps=0.0, rate=False, keep=False,
-    init=None, final=None, onto=None,
+    flip=False, post=False, strict=False, both=False, norm=False, weigh=0, a=None, b=None, eps=0.0, rate=False,
+    keep=False, init=None, final=None, onto=None,
 ):  # fmt: skip
     """(o, residual, inverse, rate) of one walk. Tensors in the roles of q (B, N, Hq, D), k (B, N, Hk, D) and v
     (B, N, Hk, E): the head h of the result reads q's h // (H / Hq) and k's h // (H / Hk).
 
     decay: (B, T, Hg, 1 or features) or None. init: the flat state before, or None. final: where the flat state after
     goes, or None; it may be init. keep: return what a backward needs: what rounding took from o, and with `norm` one
-    over the denominators. onto: (o, residual) of a walk the other way, to which this one is added in place; with
-    `norm`, a is one over its denominators.
+    over the denominators. both: the walk and, strict, that the other way, added up, where the kernel can; else
+    onto: (o, residual) of a walk the other way, to which this one is added in place; with `norm`, a is one over its
+    denominators.
     """
     B, N, Hq, D = q.shape
     Hk, E = v.shape[2:]
@@ -126,9 +157,9 @@ def _walk(
     rates = empty(0)
     if rate:
         rates = empty(e_blocks, B, N, H) if kind == 1 else empty(B, N, H, E)
-    launch = _launch(name, width, dtype, block)
+    launch = _launch("both" if both else name, width, dtype, block, small_shared_memory(device))
     steps = cdiv(N, launch.block) if block == 1 else N // block
-    n_segments = _segments(launch, B * H * e_blocks, steps, device)
+    n_segments = _segments(launch, B * H * e_blocks, steps, device, cdiv(block, launch.block))
     # A state that several programs read none of them may write: then the scan does.
     shared = final is not None and (H != Hk or (norm and e_blocks > 1 and final is init))
     segmented = n_segments > 1 or shared
@@ -136,39 +167,60 @@ def _walk(
     group_q, group_k = H // Hq, H // Hk
     Hg = decay.shape[2] if decay is not None else H
     decay_strides = (0, 0, 0, 0) if decay is None else decay.stride()
+    # Where sums cancel, as in a backward with a normalizer and in what it keeps, nothing is rounded on the way.
+    rounds = PARTS[dtype] == "bf16" and not weigh and not rate and not (norm and keep)
+    if name == "walk" and kind:
+        decay, decay_strides = _sums(decay, launch.block, 2 if both else int(flip), post, rounds)
     constants = dict(
         D=D, E=E, BD=BD, BE=BE, BN=launch.block, MAP_Q=maps[0], MAP_K=maps[1], MAP_V=maps[2], MAP_X=map_x,
-        X=x is not None, DECAY=kind, FLIP=flip, POST=post, STRICT=strict, ADD=onto is not None, NORM=norm, WEIGH=weigh,
-        BIAS=bool(weigh) and b is not None, ALIGN=aligned(q, k, v, *(() if x is None else (x,))), PARTS=PARTS[dtype],
+        X=x is not None, DECAY=kind, STRICT=strict, NORM=norm, WEIGH=weigh, BIAS=bool(weigh) and b is not None,
+        ALIGN=aligned(q, k, v, *(() if x is None else (x,))), PARTS=PARTS[dtype],
         STAGES=launch.stages, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
+    if name == "walk":
+        constants |= dict(WAYS=2 if both else int(flip), TILES=False, ROUND=rounds)
+    else:
+        constants |= dict(FLIP=flip, POST=post, ADD=onto is not None)
     x = q if x is None else x
+
+    ways, tiles, tails, later = 1, rates, rates, {}
+    if both:
+        ways = 2
+        later = _launch("later", width, dtype, block, small_shared_memory(device))
+        later = dict(num_warps=later.warps, STAGES=later.stages, num_stages=later.stages)
+        tiles = empty(B, Hk, steps, D * E, dtype=dtype if rounds else torch.float32)
+        tails = empty(B, Hk, steps, D) if norm else rates
 
     def run(heads, group_q, group_k, group_g, p_in, p_out, total, **flags):
         kernel[(B * heads * n_segments, e_blocks)](
             q, k, v, x, q if decay is None else decay, q if a is None else a, q if b is None else b, p_in, p_out,
-            total, o, residual, inverse, rates, *q.stride(), *k.stride(), *v.stride(), *x.stride(), *decay_strides,
-            N, heads, n_segments, segment, block, group_q, group_k, group_g, eps, **constants, **flags,
+            total, o, residual, inverse, rates, *((tiles, tails) if name == "walk" else ()), *q.stride(), *k.stride(),
+            *v.stride(), *x.stride(), *decay_strides, N, heads, n_segments, segment, block, group_q, group_k, group_g,
+            eps, **constants | flags,
         )  # fmt: skip
 
     with on_device(q):
         first = init
+        # the heads of passes for states are those of k and v; weights a, b come with as many
+        per_state = (Hk, max(1, Hk // Hq), 1, Hk // Hg if Hk > Hg else 1)
+        states = dict(OUT=False, RATE=0, RESIDUAL=0, **later)
         if segmented:
-            first = empty(B, Hk, n_segments, size)
-            total = empty(B, Hk, n_segments, {0: 0, 1: 1, 2: D, 3: E}[kind])
-            # the heads here are those of k and v; weights a, b come with as many
-            group_g = Hk // Hg if Hk > Hg else 1
-            run(Hk, max(1, Hk // Hq), 1, group_g, first, first, total, OUT=False, INIT=False, SAVE=True,
-                RATE=0, RESIDUAL=0)  # fmt: skip
+            first = empty(ways, B, Hk, n_segments, size)
+            total = empty(ways, B, Hk, n_segments, {0: 0, 1: 1, 2: D, 3: E}[kind])
+            run(*per_state, first, first, total, INIT=False, SAVE=True, **states)
             width = 256
-            causal_linear_attention_scan_kernel[(B * Hk, cdiv(size, width))](
+            causal_linear_attention_scan_kernel[(ways * B * Hk, cdiv(size, width))](
                 first, total, first if init is None else init, first if final is None else final, n_segments,
                 D, E, SIZE=size, DECAY=kind, INIT=init is not None, SAVE=final is not None, BX=width, num_warps=4,
             )  # fmt: skip
+        residuals = 2 if residual.numel() else 1 if inverse.numel() else 0
+        if both:
+            back = rates if first is None else first[1]
+            run(*per_state, back, back, rates, INIT=first is not None, SAVE=False, WAYS=1, TILES=True, **states)
         save = final is not None and not segmented
         run(H, group_q, group_k, H // Hg, first if first is not None else rates, final if save else rates, rates,
             OUT=True, INIT=first is not None, SAVE=save, RATE=kind if rate and kind < 2 else 2 if rate else 0,
-            RESIDUAL=2 if residual.numel() else 1 if inverse.numel() else 0)  # fmt: skip
+            RESIDUAL=residuals)  # fmt: skip
     return o, residual, inverse, rates
 
 

@@ -1,4 +1,8 @@
-"""Launchers of the bidirectional form: a walk each way, the second on top of the first."""
+"""Launchers of the bidirectional form.
+
+For steps of a token with one decay or none, a walk back over keys and values writes the states that a walk forth reads
+with its own; else it is a walk each way, the second on top of the first.
+"""
 
 import torch
 
@@ -9,6 +13,8 @@ def bidirectional_linear_attention_fwd(q, k, v, decay, feature_map, normalize, e
     """(o, residual, inverse); the last two, what a backward needs, are empty unless `keep`."""
     decay = _steps_first(decay, q.shape[0], q.shape[1] // block)
     common = dict(decay=decay, block=block, maps=(feature_map, feature_map, None), norm=normalize)
+    if block == 1 and (decay is None or decay.shape[3] == 1):
+        return _walk(q, k, v, eps=eps, keep=keep, both=True, **common)[:3]
     # The second walk adds to what rounding took from the first one's output, or two roundings would be in the sum.
     o, residual, inverse, _ = _walk(q, k, v, eps=eps, keep=True, **common)
     o, residual, inverse, _ = _walk(

@@ -124,7 +124,7 @@ def causal_linear_attention_frames_kernel(
     EXACT_K: tl.constexpr = MAP_K != "elu1"
     EXACT_V: tl.constexpr = MAP_V != "elu1"
     TAIL: tl.constexpr = 1 if NORM else (2 if BIAS else 0)
-    i_b, i_h, i_s = walk_program(n_heads, n_segments)
+    i_b, i_h, i_s = walk_program(tl.program_id(0), n_heads, n_segments)
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, BD)
     o_e = tl.program_id(1) * BE + tl.arange(0, BE)

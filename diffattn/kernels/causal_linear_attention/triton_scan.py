@@ -51,6 +51,54 @@ def causal_linear_attention_scan_kernel(
 
 
 @triton.jit
+def store_sums(p_sums, g, between, BN: tl.constexpr, WAYS: tl.constexpr, POST: tl.constexpr):
+    total = tl.sum(g, 0)
+    forth = tl.cumsum(g, 0)
+    if WAYS != 1:
+        tl.store(p_sums + tl.arange(0, BN), forth - g if POST else forth)
+        tl.store(p_sums + BN, total)
+    if WAYS:
+        p_sums += between * (WAYS - 1)
+        back = total - forth
+        tl.store(p_sums + tl.arange(0, BN), back if POST else back + g)
+        tl.store(p_sums + BN, total)
+
+
+@triton.jit(do_not_specialize=["N", "n_heads"])
+def causal_linear_attention_sums_kernel(
+    p_g,
+    p_sums,
+    stride_b,
+    stride_n,
+    stride_h,
+    N,
+    n_heads,
+    BN: tl.constexpr,
+    WAYS: tl.constexpr,
+    POST: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """Sums of g up to each token of a tile (with POST, up to the one before), then that of the whole tile: BN + 1
+    numbers a tile, of high parts and, a plane of the tensor later, of low parts.
+
+    WAYS: 0, from the first token on; 1, from the last on; 2, the one and, after it in memory, the other.
+    ROUND: one part, in units of log2: within a tile float32 tells weights apart to 1e-4, bfloat16 to 4e-3.
+    """
+    i_b, i_h = tl.program_id(1) // n_heads, tl.program_id(1) % n_heads
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    p_g += i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
+    b_g = limit_decay(tl.load(p_g + o_n.to(tl.int64) * stride_n, mask=o_n < N, other=0.0))
+    plane = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * (BN + 1)
+    p_sums += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (BN + 1)
+    if ROUND:
+        store_sums(p_sums, b_g * 1.4426950408889634, plane, BN, WAYS, POST)
+    else:
+        high = tl.floor(b_g * 1024.0) * 0.0009765625
+        store_sums(p_sums, high, 2 * plane, BN, WAYS, POST)
+        store_sums(p_sums + plane, b_g - high, 2 * plane, BN, WAYS, POST)
+
+
+@triton.jit
 def add_token(state, z, b_k, b_v):
     return state + b_k[:, None] * b_v[None, :], z + b_k
 

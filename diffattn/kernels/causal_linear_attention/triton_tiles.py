@@ -42,9 +42,8 @@ COUNTS = ["N", "n_heads", "n_segments", "segment", "block", "group_q", "group_k"
 
 
 @triton.jit
-def walk_program(n_heads, n_segments):
-    """(sample, head, segment) of this program. Heads vary fastest: they lie side by side in memory."""
-    i_p = tl.program_id(0)
+def walk_program(i_p, n_heads, n_segments):
+    """(sample, head, segment) of a program. Heads vary fastest: they lie side by side in memory."""
     return i_p // n_heads // n_segments, i_p % n_heads, i_p // n_heads % n_segments
 
 
@@ -74,12 +73,15 @@ def token_at(start, N, FLIP: tl.constexpr):
 @triton.jit
 def load_mapped(
     p, i_b, i_h, start, N, stride_b, stride_h, stride_n, offsets, mask,
-    MAP: tl.constexpr, FLIP: tl.constexpr, ALIGN: tl.constexpr,
+    MAP: tl.constexpr, FLIP: tl.constexpr, ALIGN: tl.constexpr, RAW: tl.constexpr = False,
 ):  # fmt: skip
-    """phi of a tile, float32, 0 outside of `mask`."""
+    """phi of a tile, float32, 0 outside of `mask`. RAW: without a map as it is, for products to read where it lies."""
     PAD: tl.constexpr = float("-inf") if MAP == "elu1" else 0.0
     p = tile_start(p, i_b, i_h, token_at(start, N, FLIP), stride_b, stride_h, stride_n, ALIGN)
-    return map_elements(tl.load(p + offsets, mask=mask, other=PAD), MAP)
+    x = tl.load(p + offsets, mask=mask, other=PAD)
+    if not (RAW and MAP is None):
+        x = map_elements(x, MAP)
+    return x
 
 
 @triton.jit
@@ -114,14 +116,35 @@ def sum_decay(g, POST: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, EXACT_A: tl.constexpr, EXACT_B: tl.constexpr, PARTS: tl.constexpr, dtype: tl.constexpr):
-    """a b of float32 operands. EXACT: it has the bits of the data."""
+def load_sums(p, stride_part, ROUND: tl.constexpr):
+    """(high parts, low parts) of sums of g; the low ones are 0, and not there, with ROUND."""
+    high, low = tl.load(p), 0.0
+    if not ROUND:
+        low = tl.load(p + stride_part)
+    return high, low
+
+
+@triton.jit
+def weight(g, BASE_2: tl.constexpr):
+    """What a sum of decays leaves of a token: exp(g), or 2^g of sums in such units."""
+    if BASE_2:
+        g = tl.exp2(g)
+    else:
+        g = tl.exp(g)
+    return g
+
+
+@triton.jit
+def product(a, b, EXACT_A: tl.constexpr, EXACT_B: tl.constexpr, PARTS: tl.constexpr, dtype: tl.constexpr, acc=None):
+    """acc + a b of float32 operands. EXACT: it has the bits of the data, or may be rounded to them."""
+    if acc is None:
+        acc = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
     if EXACT_B:
-        c = dot_tokens(a, b.to(dtype), tl.zeros((a.shape[0], b.shape[1]), tl.float32), EXACT_A, PARTS)
+        acc = dot_tokens(a, b.to(dtype), acc, EXACT_A, PARTS)
     else:
         high, low = split(b, PARTS)
-        c = dot_state(a, high, low, EXACT_A, PARTS)
-    return c
+        acc += dot_state(a, high, low, EXACT_A, PARTS)
+    return acc
 
 
 @triton.jit
@@ -174,7 +197,9 @@ def write_output(
     RATE: 1 writes the sum over these features of phi(x) times `others`, to (e block, row), 2 each product.
     """
     r_o = rows[:, None] * E + o_e[None, :]
-    o = others + own
+    o = others
+    if own is not None:
+        o += own
     if X:
         b_x = tile_start(p_x, i_b, i_h, token_at(start, N, FLIP), stride_xb, stride_xh, stride_xn, ALIGN)
         b_x = tl.load(b_x + r_x, mask=m, other=0.0)
