@@ -32,6 +32,25 @@ def test_works_without_triton():
     assert "DIFFATTN_BACKEND=triton was asked for, but triton is not installed" in python(code)
 
 
+def test_old_triton_is_not_asked(monkeypatch):
+    import torch
+
+    from diffattn import config
+    from diffattn.kernels import _backend, linear_attention
+
+    x = torch.randn(1, 5, 2, 4)
+    monkeypatch.setattr(_backend, "_INTERPRETING", False)
+    monkeypatch.setattr(_backend, "_TRITON", (3, 3))
+    assert linear_attention(x, x, x).isfinite().all()
+    monkeypatch.setattr(config, "backend", "triton")
+    with pytest.raises(RuntimeError, match=r"triton is 3\.3 and the kernels need 3\.4 or newer"):
+        linear_attention(x, x, x)
+    # one that does not say its version may be newer
+    monkeypatch.setattr(_backend, "_TRITON", ())
+    with pytest.raises(RuntimeError, match="on cpu"):
+        linear_attention(x, x, x)
+
+
 @pytest.mark.parametrize("name, value", [("backend", "cuda"), ("compile", "always"), ("speed", 11)])
 def test_config_refuses_what_it_does_not_know(name, value):
     from diffattn import config

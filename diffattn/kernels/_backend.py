@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 
 import torch
@@ -12,8 +14,21 @@ from diffattn._config import config
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+# Triton 3.2 (torch 2.6) ends the process over linear attention's kernels, 3.3 (torch 2.7) refuses some of them.
+OLDEST_TRITON = (3, 4)
+
+
+def _triton_version() -> tuple[int, ...] | None:
+    """(3, 6) of 3.6.0, without importing it: None if it is not installed, () if it does not say."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("triton"))[:2])
+    return ()
+
+
 # Looked up here, not in a function: torch.compile traces those and refuses find_spec, behind functools.cache too.
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON = _triton_version()
 _HAS_EXPORT_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -79,7 +94,7 @@ def small_shared_memory(device: torch.device) -> bool:
 
 
 def _why_not_triton(tensor: torch.Tensor) -> str | None:
-    if not _TRITON_INSTALLED:
+    if _TRITON is None:
         return "triton is not installed"
     if tensor.dtype not in TRITON_DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {tensor.dtype}"
@@ -87,6 +102,9 @@ def _why_not_triton(tensor: torch.Tensor) -> str | None:
         if tensor.dtype == torch.bfloat16:
             return "Triton's interpreter computes wrong products in bfloat16"
         return None
+    if _TRITON and _TRITON < OLDEST_TRITON:
+        found, oldest = (".".join(map(str, version)) for version in (_TRITON, OLDEST_TRITON))
+        return f"triton is {found} and the kernels need {oldest} or newer, which torch 2.8 and later bring along"
     if tensor.device.type != "cuda":
         return f"the tensors are on {tensor.device} and the kernels need a CUDA device"
     return None

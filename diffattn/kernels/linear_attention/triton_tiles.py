@@ -26,8 +26,6 @@ import triton.language as tl
 
 # Arguments that differ from call to call: a kernel made for each value would be compiled again and again.
 COUNTS = ["n_heads", "n_chunks", "chunk"]
-# Triton 3.2 cannot prefetch a tile into the layout of a product: it ends the process.
-PREFETCHES_TO_PRODUCTS = tl.constexpr(not triton.__version__.startswith("3.2."))
 
 
 @triton.jit
@@ -264,8 +262,4 @@ def dot_parts(x, high, low, n, EXACT: tl.constexpr, PARTS: tl.constexpr, APART: 
 def zero_of_products(BN: tl.constexpr, BD: tl.constexpr, dtype: tl.constexpr):
     """[BN, 1] float32 zeros that lie among the threads as the rows of a product [BN, BD] do. What is computed with
     them lies so, too: a tile in the layout it was loaded in would be mapped a second time where it meets a product."""
-    if PREFETCHES_TO_PRODUCTS:
-        zero = tl.sum(tl.dot(tl.zeros((BN, 16), dtype), tl.zeros((16, BD), dtype)), 1)
-    else:
-        zero = tl.zeros((BN,), tl.float32)
-    return zero[:, None]
+    return tl.sum(tl.dot(tl.zeros((BN, 16), dtype), tl.zeros((16, BD), dtype)), 1)[:, None]
