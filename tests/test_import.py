@@ -32,7 +32,7 @@ def test_works_without_triton():
     assert "DIFFATTN_BACKEND=triton was asked for, but triton is not installed" in python(code)
 
 
-def test_old_triton_is_not_asked(monkeypatch):
+def test_compilers_that_kernels_are_not_written_for(monkeypatch):
     import torch
 
     from diffattn import config
@@ -48,6 +48,9 @@ def test_old_triton_is_not_asked(monkeypatch):
     # one that does not say its version may be newer
     monkeypatch.setattr(_backend, "_TRITON", ())
     with pytest.raises(RuntimeError, match="on cpu"):
+        linear_attention(x, x, x)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.raises(RuntimeError, match="this torch is for AMD GPUs"):
         linear_attention(x, x, x)
 
 

@@ -105,6 +105,9 @@ def _why_not_triton(tensor: torch.Tensor) -> str | None:
     if _TRITON and _TRITON < OLDEST_TRITON:
         found, oldest = (".".join(map(str, version)) for version in (_TRITON, OLDEST_TRITON))
         return f"triton is {found} and the kernels need {oldest} or newer, which torch 2.8 and later bring along"
+    if torch.version.hip is not None:
+        # launch options that only NVIDIA's compiler takes, and never run
+        return "this torch is for AMD GPUs and the kernels are written for NVIDIA's"
     if tensor.device.type != "cuda":
         return f"the tensors are on {tensor.device} and the kernels need a CUDA device"
     return None
