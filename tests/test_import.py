@@ -54,6 +54,22 @@ def test_compilers_that_kernels_are_not_written_for(monkeypatch):
         linear_attention(x, x, x)
 
 
+def test_a_gpu_that_is_too_old_is_named(monkeypatch):
+    import torch
+
+    from diffattn.kernels._launch import check_capability
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(
+        RuntimeError, match=r"8\.0 or more, and Tesla T4 has 7\.5: set diffattn\.config\.backend = 'torch'"
+    ):
+        check_capability(torch.device("cuda:7"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    check_capability(torch.device("cuda:7"))
+    check_capability.cache_clear()
+
+
 @pytest.mark.parametrize("name, value", [("backend", "cuda"), ("compile", "always"), ("speed", 11)])
 def test_config_refuses_what_it_does_not_know(name, value):
     from diffattn import config

@@ -5,6 +5,7 @@ dk and dv of one block of keys are summed over all queries that attend to it ins
 
 import torch
 
+from diffattn.kernels._launch import on_device
 from diffattn.kernels.block_sparse_attention.blocks import lists_of_queries, number_of_blocks
 from diffattn.kernels.block_sparse_attention.triton import bias_in_log2, fit, list_strides
 from diffattn.kernels.block_sparse_attention.triton_dkv import block_sparse_attention_dkv_bwd_kernel
@@ -48,7 +49,7 @@ def block_sparse_attention_bwd(
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
     gained = q.dtype == torch.float16
     base, delta = q.new_empty((2, B, H, N), dtype=torch.float32)
-    with torch.cuda.device_of(q):
+    with on_device(q):
         gain = _gain(grad, v) if gained else stats
         gqa_attention_rows_bwd_kernel[(number_of_blocks(N, 64) * B * H,)](
             out,
@@ -107,7 +108,7 @@ def _launch(grad, q, k, v, blocks, q_places, k_places, bias, rest, scale, produc
         "SHIFT": 0.0 if product else prob_shift(q.dtype),
         "PRECISION": dot_precision(q.dtype),
     }
-    with torch.cuda.device_of(q):
+    with on_device(q):
         rows, keys, warps, stages = fit(dq_config, blocks.rows, blocks.keys)
         (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))
         tiles = number_of_blocks(N, rows)

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from diffattn.kernels._launch import on_device
 from diffattn.kernels.block_sparse_attention.blocks import number_of_blocks
 from diffattn.kernels.block_sparse_attention.triton import (
     COUNTS,
@@ -261,7 +262,7 @@ def _launch(q, k, v, blocks, q_places, k_places, bias, scale, outputs, product, 
     (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))
     bias = bias_in_log2(bias)
     tiles = number_of_blocks(N, rows)
-    with torch.cuda.device_of(q):
+    with on_device(q):
         block_sparse_attention_fwd_kernel[(tiles * B * H,)](
             q,
             k_arg,

@@ -5,7 +5,7 @@ import functools
 import torch
 import triton
 
-from diffattn.kernels._launch import cdiv
+from diffattn.kernels._launch import cdiv, on_device
 from diffattn.kernels.gqa_attention.triton import LOG2E, head_block, prob_shift, tma_reads
 
 # The kernel is written in what Triton 3.6 has.
@@ -110,7 +110,7 @@ def hopper_fwd(q, k, v, mask, scale, row_scales=None, config=None):
         first = _describe(x, rows, D0)
         described += [first, _describe(x, rows, D1) if D1 else first]
     tiles = cdiv(N, 64 * groups) * B * H
-    with torch.cuda.device_of(v):
+    with on_device(v):
         gqa_attention_hopper_fwd_kernel[(min(_programs(v.device), tiles),)](
             *described,
             p_q_scale,

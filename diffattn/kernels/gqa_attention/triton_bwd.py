@@ -5,7 +5,7 @@ dk and dv of one key block are summed over all query heads of its group inside o
 
 import torch
 
-from diffattn.kernels._launch import cdiv
+from diffattn.kernels._launch import cdiv, on_device
 from diffattn.kernels.gqa_attention.triton import (
     ADDITIVE_MASK,
     block_loads,
@@ -79,7 +79,7 @@ def gqa_attention_bwd(grad, q, k, v, mask, out, stats, residual, scale, configs=
         "SHIFT": prob_shift(q.dtype),
         "PRECISION": dot_precision(q.dtype),
     }
-    with torch.cuda.device_of(q):
+    with on_device(q):
         gain = _gain(grad, v) if gained else stats
         gqa_attention_rows_bwd_kernel[(cdiv(N, 64) * B * H,)](
             out,

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from diffattn._config import config
 from diffattn.kernels._autotune import size_class, tuned
-from diffattn.kernels._launch import cdiv
+from diffattn.kernels._launch import cdiv, on_device
 from diffattn.kernels.gqa_attention import hopper
 from diffattn.kernels.gqa_attention.triton import (
     LOG2E,
@@ -284,7 +284,7 @@ def gqa_attention_fwd(q, k, v, mask, scale, training, launch=None, row_scales=No
     # A few queries do not fill the tile.
     rows = min(rows, head_block(G * N))
     (k_arg, v_arg), loads = block_loads((k, keys, width), (v, keys, width))
-    with torch.cuda.device_of(q):
+    with on_device(q):
         gqa_attention_fwd_kernel[(cdiv(G * N, rows) * B * Hkv,)](
             q,
             k_arg,

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from diffattn.kernels._launch import cdiv
+from diffattn.kernels._launch import cdiv, on_device
 from diffattn.kernels.gqa_attention.int8 import rotation_group
 from diffattn.kernels.gqa_attention.triton import LOG2E, head_block, load_block
 from diffattn.kernels.gqa_attention.triton_fwd import gqa_attention_fwd
@@ -90,7 +90,7 @@ def quantize(x, mean=None, gain=1.0):
     rows = 64 if block <= 128 else 32
     y = torch.empty((B, N, H, width), dtype=torch.int8, device=x.device)
     scale = torch.empty((B, H, cdiv(N, 4) * 4), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         gqa_attention_quantize_kernel[(cdiv(N, rows) * B * H,)](
             x,
             x if mean is None else mean,
