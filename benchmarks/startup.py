@@ -128,8 +128,7 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory() as cache:
                 command = [sys.executable, __file__, "--device", options.device, "--one", name, way, core]
-                # the packages that this process found
-                paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+                paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
                 environ = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache,
                                         "PYTHONPATH": paths}  # fmt: skip
                 done = subprocess.run(command, capture_output=True, text=True, env=environ)

@@ -10,7 +10,7 @@ import torch
 # How products split float32 operands, see linear_attention/triton_tiles.py.
 PARTS = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 
-# Ampere: before it there is neither bfloat16 nor the shared memory that tiles take.
+# Ampere: Turing has neither bfloat16 nor the shared memory that tiles take.
 OLDEST_CAPABILITY = (8, 0)
 
 

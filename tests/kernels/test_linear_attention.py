@@ -339,7 +339,7 @@ def test_every_element_is_written(feature_map, rotated, E, device, triton_backen
             for feature_map in ("relu", "softmax", None)
             for dtype in (torch.float16, torch.bfloat16)
         ),
-        # in pieces
+        # the kernels' choices for bfloat16 alone
         *(
             pytest.param(D, feature_map, torch.bfloat16, marks=gpu)
             for D in (40, 96, 128, 160)

@@ -9,7 +9,8 @@ from diffattn.kernels.frame_delta_rule.triton_frames import (
     frame_delta_rule_products_kernel,
     frame_delta_rule_scan_kernel,
 )
-from diffattn.kernels.linear_attention.triton import STATE_BLOCK, choose_launch, output_parts
+from diffattn.kernels.linear_attention.launches import STATE_BLOCK, choose_launch
+from diffattn.kernels.linear_attention.triton import output_parts
 
 
 def _products_launch(width: int, dtype: torch.dtype, small: bool) -> Launch:

@@ -262,24 +262,20 @@ def _write_output_in_pieces(p: _Problem, q, state, o, eps):
     if rotary and BD >= 128 and BD2 == 0:
         # half of the queries in registers at a time
         BD, BD2 = BD // 2, BD // 2
-    BE, BE2 = pieces(p.E, p.least)
-    most = _block_of_values(p, BD + BD2)
-    if BE + BE2 > most:
-        BE, BE2 = most, 0
-    e_blocks = 1 if BE2 else cdiv(p.E, BE)
+    BE = _block_of_values(p, BD + BD2)
     turns, stride_tb = p.turns
     parts = "tf32x1" if p.dtype == torch.float16 and p.width >= 128 else p.parts
 
     def launched(launch, chunk, n_chunks):
-        linear_attention_pieces_output_fwd_kernel[(p.B * p.H * n_chunks, e_blocks)](
+        linear_attention_pieces_output_fwd_kernel[(p.B * p.H * n_chunks, cdiv(p.E, BE))](
             q, turns, state, o, *q.stride(), stride_tb, p.N, p.H, n_chunks, chunk, p.H // p.Hkv, eps,
-            D=p.D, E=p.E, BD=BD, BD2=BD2, BE=BE, BE2=BE2, BN=launch.block, MAP=p.constants["MAP"],
+            D=p.D, E=p.E, BD=BD, BD2=BD2, BE=BE, BN=launch.block, MAP=p.constants["MAP"],
             ROTARY=rotary, ALIGN=aligned(q), PARTS=parts, STAGES=launch.stages,
             num_warps=launch.warps, num_stages=launch.stages, maxnreg=registers(launch, p.dtype),
         )  # fmt: skip
 
     kernel = "rotary_output" if rotary else "pieces_output"
-    p.run(kernel, launched, p.N, p.H, e_blocks, max(BD + BD2, BE + BE2))
+    p.run(kernel, launched, p.N, p.H, cdiv(p.E, BE), max(BD + BD2, BE))
 
 
 def _write_output(p: _Problem, q, state, o, eps):

@@ -1,7 +1,7 @@
-"""Forward kernels for heads of more than 64 features, and for rotated heads.
+"""Forward kernels for heads of more than 64 features, and for rotated heads, but for "softmax".
 
 Pieces. A head of 160 features is read as two tiles side by side, 128 + 64: padded to the next power of two, 5 of 8
-parts of the arithmetic would be on padding. For the output both axes of the state are cut.
+parts of the arithmetic would be on padding. Along the values a state is cut among programs where it is too large.
 
 Keys. S^T = v^T phi(k): the values are the left operand as they lie in shared memory, and phi(k) goes through it to be
 the right one. It is computed in the layout in which it was loaded, in which pairs that rotate lie in one thread and a
@@ -14,7 +14,7 @@ one rounding where k < 0 and none elsewhere. A query is rounded once: numerator 
 Together they change the error of o in bfloat16 from 1.66e-3 to 1.69e-3, at most 2e-3 where all keys are below -10.
 
 bfloat16, rotated. A key is two parts. A query is rounded once: with random angles the error of o is 2.3e-3 instead of
-1.66e-3, with a model's, where most pairs turn slowly, 1.7e-3 to 2.1e-3. A second part would be a third product, and
+1.66e-3, with a model's, where most pairs turn slowly, 1.7e-3 to 2.2e-3. A second part would be a third product, and
 for 112 features the products, not the memory, would set the time.
 
 Rotary tables. All heads read them: in float32 they are twice the bytes of k. For bfloat16 data they come as float16,
@@ -281,7 +281,6 @@ def linear_attention_pieces_output_fwd_kernel(
     BD: tl.constexpr,
     BD2: tl.constexpr,
     BE: tl.constexpr,
-    BE2: tl.constexpr,
     BN: tl.constexpr,
     MAP: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -298,13 +297,9 @@ def linear_attention_pieces_output_fwd_kernel(
     first_e = tl.program_id(1) * BE
     high, low = load_state(p_state, 0, BD, first_e, BE, D, E, PARTS)
     z_high, z_low = load_normalizer(p_state + D * E, 0, BD, D, ROTARY, PARTS)
-    if BE2 > 0:
-        high_e2, low_e2 = load_state(p_state, 0, BD, BE, BE2, D, E, PARTS)
     if BD2 > 0:
         high_2, low_2 = load_state(p_state, BD, BD2, first_e, BE, D, E, PARTS)
         z_high_2, z_low_2 = load_normalizer(p_state + D * E, BD, BD2, D, ROTARY, PARTS)
-        if BE2 > 0:
-            high_22, low_22 = load_state(p_state, BD, BD2, BE, BE2, D, E, PARTS)
     o_n = tl.arange(0, BN)
     o_e = first_e + tl.arange(0, BE)
     r_o = o_n.to(tl.int64)[:, None] * (n_heads * E)
@@ -323,23 +318,15 @@ def linear_attention_pieces_output_fwd_kernel(
             if ROTARY:
                 x = turn(x, load_turns(p_turns, o_n, m_n, i_b, start, stride_tb, 0, BD, D, EDGE))
             b_o = dot_piece(x, high, low, tl.zeros((BN, BE), tl.float32), EXACT, PARTS)
-            if BE2 > 0:
-                b_o2 = dot_piece(x, high_e2, low_e2, tl.zeros((BN, BE2), tl.float32), EXACT, PARTS)
             if BD2 > 0:
                 x = map_elements(load_piece(b_pq, o_n, m_n, stride_qn, stride_qd, BD, BD2, D, EDGE, 0.0, ALIGN), MAP)
                 denominator = add_denominator(x, z_high_2, z_low_2, denominator, ROTARY, EXACT, PARTS)
                 if ROTARY:
                     x = turn(x, load_turns(p_turns, o_n, m_n, i_b, start, stride_tb, BD, BD2, D, EDGE))
                 b_o = dot_piece(x, high_2, low_2, b_o, EXACT, PARTS)
-                if BE2 > 0:
-                    b_o2 = dot_piece(x, high_22, low_22, b_o2, EXACT, PARTS)
             if ROTARY == 0:
                 denominator = tl.sum(denominator, 1) * 0.0625
             inverse = (1.0 / (denominator + eps))[:, None]
             b_po = p_o + ((i_b.to(tl.int64) * N + start) * n_heads + i_h) * E
             m_e = (o_e < E)[None, :]
-            store_tile(b_po, b_o * inverse, r_o + o_e[None, :], m_e, m_n[:, None], BE2 == 0 and E % BE != 0, EDGE)
-            if BE2 > 0:
-                o_e2 = BE + tl.arange(0, BE2)
-                m_e2 = (o_e2 < E)[None, :]
-                store_tile(b_po, b_o2 * inverse, r_o + o_e2[None, :], m_e2, m_n[:, None], BE + BE2 > E, EDGE)
+            store_tile(b_po, b_o * inverse, r_o + o_e[None, :], m_e, m_n[:, None], E % BE != 0, EDGE)
