@@ -54,20 +54,29 @@ def test_compilers_that_kernels_are_not_written_for(monkeypatch):
         linear_attention(x, x, x)
 
 
-def test_a_gpu_that_is_too_old_is_named(monkeypatch):
+def test_a_gpu_that_is_too_old_takes_plain_torch(monkeypatch):
     import torch
+    from torch._subclasses import FakeTensorMode
 
-    from diffattn.kernels._launch import check_capability
+    from diffattn import config
+    from diffattn.kernels import _backend
 
+    monkeypatch.setattr(_backend, "_INTERPRETING", False)
+    monkeypatch.setattr(_backend, "_TRITON", _backend.OLDEST_TRITON)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(
-        RuntimeError, match=r"8\.0 or more, and Tesla T4 has 7\.5: set diffattn\.config\.backend = 'torch'"
-    ):
-        check_capability(torch.device("cuda:7"))
+    with FakeTensorMode():
+        x = torch.empty(1, 5, 2, 4, device="cuda")
+    assert not _backend.use_triton(x)
+    # compilers trace no question about a device
+    torch.compiler.reset()
+    compiled = torch.compile(lambda y: y + (_backend._why_not_gpu(1) is None), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)) == 0
+    monkeypatch.setattr(config, "backend", "triton")
+    with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or more, and Tesla T4 has 7\.5"):
+        _backend.use_triton(x)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    check_capability(torch.device("cuda:7"))
-    check_capability.cache_clear()
+    assert _backend.use_triton(x)
 
 
 @pytest.mark.parametrize("name, value", [("backend", "cuda"), ("compile", "always"), ("speed", 11)])

@@ -17,6 +17,9 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Triton 3.2 (torch 2.6) ends the process over linear attention's kernels, 3.3 (torch 2.7) refuses some of them.
 OLDEST_TRITON = (3, 4)
 
+# Ampere: Turing has neither bfloat16 nor the shared memory that tiles take.
+OLDEST_CAPABILITY = (8, 0)
+
 
 def _triton_version() -> tuple[int, ...] | None:
     """(3, 6) of 3.6.0, without importing it: None if it is not installed, () if it does not say."""
@@ -93,6 +96,19 @@ def small_shared_memory(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) not in ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
+def _why_not_gpu(index: int) -> str | None:
+    found = torch.cuda.get_device_capability(index)
+    if found >= OLDEST_CAPABILITY:
+        return None
+    name, found, oldest = torch.cuda.get_device_name(index), *(f"{x}.{y}" for x, y in (found, OLDEST_CAPABILITY))
+    return f"the kernels need a GPU of compute capability {oldest} or more, and {name} has {found}"
+
+
+# To torch.compile the answer is a constant. That is what torch.compiler.assume_constant_result writes, which would
+# bring in all of torch._dynamo, over a second, with `import diffattn`.
+_why_not_gpu._dynamo_marked_constant = True
+
+
 def _why_not_triton(tensor: torch.Tensor) -> str | None:
     if _TRITON is None:
         return "triton is not installed"
@@ -110,7 +126,7 @@ def _why_not_triton(tensor: torch.Tensor) -> str | None:
         return "this torch is for AMD GPUs and the kernels are written for NVIDIA's"
     if tensor.device.type != "cuda":
         return f"the tensors are on {tensor.device} and the kernels need a CUDA device"
-    return None
+    return _why_not_gpu(tensor.device.index or 0)
 
 
 def use_triton(tensor: torch.Tensor) -> bool:

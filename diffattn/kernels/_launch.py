@@ -10,9 +10,6 @@ import torch
 # How products split float32 operands, see linear_attention/triton_tiles.py.
 PARTS = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 
-# Ampere: Turing has neither bfloat16 nor the shared memory that tiles take.
-OLDEST_CAPABILITY = (8, 0)
-
 
 class Launch(NamedTuple):
     """How one kernel runs: tokens a step, warps, pipeline stages, programs that fit a multiprocessor."""
@@ -60,22 +57,8 @@ def aligned(*tensors: torch.Tensor) -> int:
 
 
 def on_device(x: torch.Tensor):
-    """In which kernels are launched on the GPU of x. Raises: RuntimeError if that is none they are written for."""
-    if not x.is_cuda:
-        return contextlib.nullcontext()
-    check_capability(x.device)
-    return torch.cuda.device(x.device)
-
-
-@functools.cache
-def check_capability(device: torch.device) -> None:
-    found = torch.cuda.get_device_capability(device)
-    if found < OLDEST_CAPABILITY:
-        name, found, oldest = torch.cuda.get_device_name(device), *(f"{x}.{y}" for x, y in (found, OLDEST_CAPABILITY))
-        raise RuntimeError(
-            f"the Triton kernels need a GPU of compute capability {oldest} or more, and {name} has {found}: "
-            "set diffattn.config.backend = 'torch', or DIFFATTN_BACKEND=torch"
-        )
+    """In which kernels are launched on the GPU of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def rotary_tables(cos: torch.Tensor, sin: torch.Tensor):
