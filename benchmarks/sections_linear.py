@@ -157,7 +157,7 @@ def capture(function: Callable, sets: list[tuple[Tensor, ...]]) -> Callable:
     with torch.cuda.graph(graph):
         outs = [function(*tensors) for tensors in sets]
 
-    def replay(outs=outs):  # kept: they are the graph's memory
+    def replay(kept=(sets, outs)):  # what the graph reads and writes is its caller's to keep
         graph.replay()
 
     return replay

@@ -92,9 +92,9 @@ class _Problem:
         cos, sin = self.tables
         if cos is None:
             return self.rotary[0], 0
-        turns = torch.stack((cos, sin), -1)
-        if self.dtype == torch.bfloat16:
-            turns = turns.half()
+        # written in place: torch.stack, and rounding its result, take longer
+        turns = cos.new_empty(*cos.shape, 2, dtype=torch.float16 if self.dtype == torch.bfloat16 else None)
+        turns[..., 0], turns[..., 1] = cos, sin
         return turns, turns.stride(0) if cos.ndim == 3 and cos.shape[0] > 1 else 0
 
     def run(self, kernel: str, function: Callable, tokens: int, heads: int, e_blocks: int = 1, width: int = 0):
