@@ -3,7 +3,8 @@
     python benchmarks/kernels.py
 
 Writes kernels.json to results/<gpu>: one row a section and case, with the median, p20 and p80 of every candidate, its
-error, memory and share of the ceilings measured in the same run. A candidate that cannot run is an entry with its
+error, memory and share of the ceilings measured in the same run. Times are the GPU's alone; `cpu_ms` is what a call
+takes the CPU, which decides where it is the longer one. A candidate that cannot run is an entry with its
 reason; what would start after --seconds is left out, and listed. --only takes globs over "section/case", such as
 "softmax/*"; sections: linear, softmax, norm-rope, training, graph, fla, fla-training, causal-step, causal,
 causal-training. The last five are slow to start (fla-core searches its configurations at first call), so they come
@@ -96,12 +97,12 @@ def measure(section, case, ceiling: dict, deadline: Deadline) -> dict:
 def together(calls: dict[str, Callable]) -> dict[str, dict]:
     """The times of all in turn; if one of them fails there, of each alone."""
     try:
-        return interleave(calls) if calls else {}
+        return interleave(calls, queued=True) if calls else {}
     except Exception:
         times = {}
         for name, call in calls.items():
             try:
-                times |= interleave({name: call})
+                times |= interleave({name: call}, queued=True)
             except Exception as error:
                 times[name] = {"failed": reason(error)}
         return times

@@ -26,23 +26,30 @@ class Deadline:
         return self.elapsed > self.seconds
 
 
-def interleave(calls: dict[str, Callable], seconds: float = 0.5, rounds: tuple[int, int] = (5, 50)) -> dict[str, dict]:
+def interleave(
+    calls: dict[str, Callable], seconds: float = 0.5, rounds: tuple[int, int] = (5, 50), queued: bool = False
+) -> dict[str, dict]:
     """Time each call once a round, every round beginning with another one, for about so many seconds.
 
+    Args:
+        queued: the GPU is kept busy until the CPU has launched the whole call, so that a call's time is its kernels'
+            alone. Otherwise, as triton.testing.do_bench takes it, launches that come slower than kernels run show.
+
     Returns: for each name `median`, `p20`, `p80` (GPU milliseconds from the call's first launch to its last kernel's
-        end, as triton.testing.do_bench takes them: a call whose launches come slower than its kernels run shows that)
-        and `cpu_ms`, the median time until the call returned.
+        end) and `cpu_ms`, the median time until the call returned.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     names = list(calls)
     gpu: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
+    fills = dict.fromkeys(names, 1)
 
     def round_of(order: list[str]) -> list[tuple]:
         marks = []
         for name in order:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
+            for _ in range(fills[name]):
+                flush.zero_()
             start.record()
             before = time.perf_counter()
             calls[name]()
@@ -52,6 +59,9 @@ def interleave(calls: dict[str, Callable], seconds: float = 0.5, rounds: tuple[i
         return marks
 
     round_of(names)
+    if queued:
+        # A fill takes a GPU 0.06 to 0.3 ms and the CPU a tenth of it: twice the call's time and more.
+        fills = {name: 1 + min(200, math.ceil(40 * milli)) for name, *_, milli in round_of(names)}
     before = time.perf_counter()
     round_of(names)
     duration = time.perf_counter() - before
