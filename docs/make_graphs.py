@@ -345,7 +345,8 @@ def main() -> None:
             found["families"].setdefault(name, {})[kind] = cells["CUDA graphs"]
             (options.out / "cuda_graphs.json").write_text(json.dumps(found, indent=1) + "\n")
 
-        collect(list(ON_GPU), ("CUDA graphs",), options.workers or 10, keep)
+        names = [name for name in ON_GPU if not options.only or any(part in name for part in options.only)]
+        collect(names, ("CUDA graphs",), options.workers or 10, keep)
         return
     if options.merge:
         found = json.loads(options.merge.read_text())
