@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from diffattn._config import config
+from diffattn.kernels._autograd import forward_mode
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -110,6 +111,8 @@ _why_not_gpu._dynamo_marked_constant = True
 
 
 def _why_not_triton(tensor: torch.Tensor) -> str | None:
+    if forward_mode():
+        return "the kernels have no forward-mode derivative (torch.func.jvp)"
     if _TRITON is None:
         return "triton is not installed"
     if tensor.dtype not in TRITON_DTYPES:

@@ -6,6 +6,7 @@ Lists of blocks come as the fields of `Blocks`; the checks are the public functi
 import torch
 
 from diffattn.kernels import _backend
+from diffattn.kernels._autograd import refuse_second_derivative
 from diffattn.kernels.block_sparse_attention.blocks import Blocks
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -132,13 +133,7 @@ def _sum_autograd_backward(ctx, grad, grad_total):
 
 torch.library.register_autograd("diffattn::block_sparse_sum", _sum_autograd_backward, setup_context=_sum_setup_context)
 
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "diffattn::block_sparse_attention has no second derivative; "
-        "diffattn.kernels.block_sparse_attention.reference has the same functions with one"
+for _name in ("diffattn::block_sparse_attention", "diffattn::block_sparse_sum"):
+    refuse_second_derivative(
+        _name, "diffattn.kernels.block_sparse_attention.reference has the same functions with one"
     )
-
-
-for _name in ("block_sparse_attention_backward", "block_sparse_sum_backward"):
-    torch.library.register_autograd(f"diffattn::{_name}", _no_second_derivative)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from diffattn.kernels._autograd import refuse_second_derivative
 from diffattn.kernels._backend import use_triton
 from diffattn.kernels._checks import check_qkv
 from diffattn.kernels.causal_linear_attention.ops import _launchers
@@ -78,6 +79,7 @@ def _autograd(ctx, grad, *_):
 
 
 torch.library.register_autograd("diffattn::bidirectional_linear_attention", _autograd, setup_context=_setup_context)
+refuse_second_derivative("diffattn::bidirectional_linear_attention")
 
 
 def bidirectional_linear_attention(

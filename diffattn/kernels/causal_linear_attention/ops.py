@@ -5,6 +5,7 @@ States go in and out as flat tensors (B, Hkv, D E + D) or, without a normalizer,
 
 import torch
 
+from diffattn.kernels._autograd import refuse_second_derivative
 from diffattn.kernels._backend import interpreting
 
 _OPTIONS = "str? feature_map, bool normalize, float eps, int block"
@@ -143,3 +144,4 @@ def _autograd(ctx, grad, grad_state, _, __):
 
 
 torch.library.register_autograd("diffattn::causal_linear_attention", _autograd, setup_context=_setup_context)
+refuse_second_derivative("diffattn::causal_linear_attention")

@@ -3,7 +3,7 @@
 What runs where, with `config.backend` at `"auto"`:
 
 - CPU: torch's own attention with shared heads; where torch has no fused kernel (E != D, a mask that needs a
-  gradient) the reference, whose scores take B H N M elements. torch.export: the same.
+  gradient, forward-mode derivatives) the reference, whose scores take B H N M elements. torch.export: the same.
   Exports to ONNX: the reference, or from opset 23 on, if asked for, ONNX's Attention operator.
 - CUDA, half precision, no mask, E = D, D a multiple of 8 up to 256 (128 with gradients): torch's own choice of kernel;
   on Hopper, from 4096 tokens and 64 features on, ours without gradients: 7 to 25% ahead, and 3% behind where few
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from diffattn._config import config
+from diffattn.kernels._autograd import forward_mode
 from diffattn.kernels._backend import use_triton, writes_out_attention
 from diffattn.kernels._checks import check_mask, check_qkv, check_scale
 from diffattn.kernels.gqa_attention import ops  # noqa: F401  registers the operators
@@ -82,7 +83,7 @@ def gqa_attention(q, k, v, *, mask=None, scale=None, precision=None):
             if training:
                 return torch.ops.diffattn.gqa_attention(q, k, v, mask, scale, True)[0]
             return torch.ops.diffattn.gqa_attention_inference(q, k, v, mask, scale)
-    if writes_out_attention() or mask_grad or not _sdpa_shares_heads(q, k, v, mask):
+    if writes_out_attention() or mask_grad or forward_mode() or not _sdpa_shares_heads(q, k, v, mask):
         return gqa_attention_reference(q, k, v, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)

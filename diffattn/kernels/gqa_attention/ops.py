@@ -6,6 +6,7 @@ They take a mask of 4 axes, each 1 or the full size, and their checks are the pu
 import torch
 
 from diffattn.kernels import _backend
+from diffattn.kernels._autograd import refuse_second_derivative
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
@@ -117,9 +118,4 @@ def _autograd_backward(ctx, grad, _stats, _residual):
 
 torch.library.register_autograd("diffattn::gqa_attention", _autograd_backward, setup_context=_setup_context)
 
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("diffattn::gqa_attention has no second derivative; set DIFFATTN_BACKEND=torch for one")
-
-
-torch.library.register_autograd("diffattn::gqa_attention_backward", _no_second_derivative)
+refuse_second_derivative("diffattn::gqa_attention")

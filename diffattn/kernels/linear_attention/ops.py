@@ -2,6 +2,7 @@
 
 import torch
 
+from diffattn.kernels._autograd import refuse_second_derivative
 from diffattn.kernels._backend import interpreting
 
 torch.library.define(
@@ -94,3 +95,4 @@ def _autograd(ctx, grad, _):
 
 
 torch.library.register_autograd("diffattn::linear_attention", _autograd, setup_context=_setup_context)
+refuse_second_derivative("diffattn::linear_attention")
