@@ -295,6 +295,8 @@ def _some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def load_into(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> None:
     """Fill installed cores, those of `layers` by saved name. All is checked before anything is changed.
 
@@ -339,6 +341,5 @@ def load_into(checkpoint: Checkpoint, layers: Mapping[str, Layer]) -> None:
             processor.core.own(info, roles)
             processor.core.projections.to(**layer.where_it_computes())
             processor.train(layer.attn.training)
-        with torch.no_grad():
-            for key, tensor in processor.state_dict(keep_vars=True).items():
-                tensor.copy_(tensors[key])
+        for key, tensor in processor.state_dict(keep_vars=True).items():
+            tensor.copy_(tensors[key])

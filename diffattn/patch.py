@@ -6,12 +6,14 @@ import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import FunctionType, NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffattn._config import COMPILE_MODES, config
+from diffattn.compiling import COMPILED, compile_models, compiled, uncompile
 from diffattn.cores import (
     AttentionCore,
     GroupedQueryAttention,
@@ -19,12 +21,11 @@ from diffattn.cores import (
     SparseLinearAttention,
     WindowAttention,
 )
-from diffattn.layers import DENOISERS, Layer, find_layers, find_unreachable, models_of, names_of, refuse_finalized
+from diffattn.layers import Layer, find_layers, find_unreachable, models_of, names_of, refuse_finalized
 from diffattn.parallel import take_back_refused
 from diffattn.processors import CoreAttnProcessor
-from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_BY_GUIDANCE
+from diffattn.processors.unsupported import BY_REASON, NOT_CONVERTED, PERTURBED_BY_GUIDANCE, SET_BY_HAND
 from diffattn.running import refuse_if_running
-from diffattn.traceable import traceable
 
 CORES_BY_NAME = {
     "linear": LinearAttention,
@@ -35,21 +36,23 @@ CORES_BY_NAME = {
     "sparse": SparseLinearAttention,
     "window": WindowAttention,
 }
-# Attribute of a module that patch(compile=...) compiled.
-COMPILED = "_diffattn_compiled"
 SPLIT = "the model runs with context parallelism, its tokens split over ranks"
 STOCK_IS_BEST = "softmax, one key/value head a query head: stock is the fast path"
 
 Layers = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
-def _forget_fused(model: nn.Module, processors: list[CoreAttnProcessor] | None = None) -> None:
-    """Let unfuse_qkv_projections() put back stock, where fuse_qkv_projections() put diffattn's processors aside."""
+def _forget_fused(model: nn.Module, forgets: Callable[[nn.Module, CoreAttnProcessor], bool] | None = None) -> None:
+    """Let unfuse_qkv_projections() put back stock, where fuse_qkv_projections() put diffattn's processors aside.
+
+    Args:
+        forgets: of the layer and its processor, whether to; None: always.
+    """
     aside = getattr(model, "original_attn_processors", None) or {}
     for name, processor in aside.items():
         attn = model.get_submodule(name.removesuffix(".processor"))
         ours = isinstance(processor, CoreAttnProcessor) and "_diffattn_stock" in attn.__dict__
-        if ours and (processors is None or any(processor is p for p in processors)):
+        if ours and (forgets is None or forgets(attn, processor)):
             aside[name] = attn.__dict__["_diffattn_stock"]
 
 
@@ -59,13 +62,15 @@ class PatchHandle:
 
     Attributes:
         installed: layer name -> the processor that is there now.
-        skipped: layer name -> why it kept its stock processor.
+        skipped: layer name -> why it kept the processor that it had: stock's, or an earlier patch's.
     """
 
     installed: dict[str, CoreAttnProcessor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     _order: list[str] = field(default_factory=list, repr=False)
     _layers: dict[str, Layer] = field(default_factory=dict, repr=False)
+    _kept: dict[str, CoreAttnProcessor] = field(default_factory=dict, repr=False)  # skipped, of an earlier patch
+    _earlier: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)  # layers that were patched already
     _compiled: list[nn.Module] = field(default_factory=list, repr=False)
     _models: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
@@ -74,16 +79,23 @@ class PatchHandle:
 
         Raises: RuntimeError if another thread is running the model, or a layer is finalized: all stays patched.
         """
+        self._take_out({})
+
+    def _take_out(self, earlier: dict[str, dict[str, Any]]) -> None:
+        """`undo`, but layers in `earlier` get back what they had, which `Layer.state` told."""
         refuse_if_running(_swapped(self._models, self._layers.values()), "undo")
-        here = [self._layers[name] for name, p in self.installed.items() if self._layers[name].processor is p]
+        installed = {n: p for n, p in self.installed.items() if n not in earlier or earlier[n]["processor"] is not p}
+        here = [self._layers[name] for name, p in installed.items() if self._layers[name].processor is p]
         refuse_finalized(here)
         take_back_refused(self._models.values())
         for layer in here:
-            if layer.patched:
+            if layer.name in earlier:
+                layer.reset(earlier[layer.name])
+            elif layer.patched:
                 layer.restore()
         for model in self._models.values():
-            _forget_fused(model, list(self.installed.values()))
-        _uncompile(self._compiled)
+            _forget_fused(model, lambda attn, processor: any(processor is p for p in installed.values()))
+        uncompile(self._compiled)
         self._compiled.clear()
 
     def __str__(self) -> str:
@@ -91,7 +103,8 @@ class PatchHandle:
             (name, type(p).__name__, f"{p.core}{', finalized' if self._layers[name].finalized else ''}")
             for name, p in self.installed.items()
         ]
-        rows += [(name, "stock", reason) for name, reason in self.skipped.items()]
+        for name, reason in self.skipped.items():
+            rows.append((name, type(self._kept[name]).__name__ if name in self._kept else "stock", reason))
         rows.sort(key=lambda row: self._order.index(row[0]))
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
         lines = [f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {what}" for name, kind, what in rows]
@@ -158,34 +171,51 @@ def patch(
         raise ValueError(f"core: {core} fits no layer of {type(target).__name__}:\n{reasons}")
 
     handle = PatchHandle(skipped=skipped | unreachable, _order=names_of(target), _models=models_of(target))
+    for layer in found:
+        if layer.name in skipped and layer.patched:
+            handle._kept[layer.name] = layer.processor
+            if not layer.finalized:
+                reason = f"keeps {layer.processor.core} of an earlier patch ({skipped[layer.name]})"
+                handle.skipped[layer.name] = reason
     swapped = _swapped(models_of(target), [layer for layer, _ in plan])
     refuse_if_running(swapped, "patch")
     done: list[tuple[Layer, dict[str, Any]]] = []
-    compiled_before = _compiled(target)
+    compiled_before = compiled(target)
+    saved = {} if checkpoint is None else checkpoint.match(found)
+    aside = [f for model in swapped if (f := getattr(model, "original_attn_processors", None))]
+    aside = [(processors, dict(processors)) for processors in aside]
     try:
+        # Once this patch is over fused processors, those of an earlier one must not come back in their place.
+        again = {id(layer.attn) for layer, _ in plan if layer.replaced}
+        for model in swapped:
+            _forget_fused(model, lambda attn, _: id(attn) in again)
         for layer, processor in plan:
-            if layer.patched and _same(layer.processor, processor):
+            roles = None if checkpoint is None else checkpoint.roles(saved[layer.name])
+            if layer.patched and _same(layer.processor, processor, roles):
                 processor = layer.processor  # patching twice keeps loaded weights
                 if layer.name in converted and any(True for _ in processor.parameters()):
                     converted.remove(layer.name)
             done.append((layer, layer.state()))
+            if layer.patched:
+                handle._earlier[layer.name] = done[-1][1]
             layer.install(processor)
             handle.installed[layer.name] = processor
             handle._layers[layer.name] = layer
         if compile is not None:
-            _compile(target, compile)
-            ours = [m for m in _compiled(target) if m not in compiled_before or COMPILED in m.__dict__]
+            compile_models(target, compile)
+            ours = [m for m in compiled(target) if m not in compiled_before or COMPILED in m.__dict__]
             handle._compiled = ours
             for module in ours:
                 module.__dict__[COMPILED] = True
         if checkpoint is not None:  # last: what it wrote into a kept processor could not be taken back
-            saved = checkpoint.match(found)
             load_into(checkpoint, {saved[layer.name]: layer for layer, _ in plan})
         refuse_if_running(swapped, "patch")  # a call that began meanwhile
     except BaseException:
-        _uncompile([m for m in _compiled(target) if m not in compiled_before])
+        uncompile([m for m in compiled(target) if m not in compiled_before])
         for layer, before in done:
             layer.reset(before)
+        for processors, before in aside:
+            processors.update(before)
         raise
     if converted and weights is None:
         warnings.warn(
@@ -207,7 +237,7 @@ def unpatch(target: Any) -> None:
     Raises: RuntimeError if another thread is running a patched model, or a layer is finalized; all stays patched.
     """
     status(target).undo()
-    _uncompile([m for m in _compiled(target) if COMPILED in m.__dict__])
+    uncompile([m for m in compiled(target) if COMPILED in m.__dict__])
     for model in models_of(target).values():
         _forget_fused(model)
 
@@ -229,12 +259,15 @@ def status(target: Any) -> PatchHandle:
 
 @contextlib.contextmanager
 def patched(target: Any, core: AttentionCore | str | None = None, **options: Any) -> Iterator[PatchHandle]:
-    """`patch` for the length of a `with` block. Takes the arguments of `patch`."""
+    """`patch` for the length of a `with` block. Takes the arguments of `patch`.
+
+    Layers that were patched before the block have that patch again after it.
+    """
     handle = patch(target, core, **options)
     try:
         yield handle
     finally:
-        handle.undo()
+        handle._take_out(handle._earlier)
 
 
 def as_core(core: AttentionCore | str | None) -> AttentionCore | None:
@@ -282,7 +315,10 @@ def make_plan(found: list[Layer], core: AttentionCore | None, layers: Layers | N
             continue
         wanted = core if saved is None else checkpoint.core(saved[layer.name], core)
         if layer.finalized:
-            if repr(wanted) == repr(layer.processor.core):
+            if not layer.patched:
+                name = type(layer.processor).__name__
+                skipped[layer.name] = f"finalized, then {name} was set, which cannot run it: load the model anew"
+            elif repr(wanted) == repr(layer.processor.core):
                 plan.append((layer, layer.processor))
             else:
                 skipped[layer.name] = f"finalized: it keeps {layer.processor.core}"
@@ -291,18 +327,25 @@ def make_plan(found: list[Layer], core: AttentionCore | None, layers: Layers | N
         if reason is not None:
             skipped[layer.name] = reason
             continue
-        new = layer.family.exact_core(layer.attn) if wanted is None else copy.deepcopy(wanted)
-        try:
-            new.prepare(replace(layer.family.layer_info(layer.attn), loading=saved is not None))
-        except ValueError as error:
-            raise ValueError(f"{layer.name}: {error}") from None
-        processor = layer.family(new)
-        processor.to(**layer.where_it_computes())
-        processor.train(layer.attn.training)
-        plan.append((layer, processor))
+        plan.append((layer, _made(layer, wanted, loading=saved is not None)))
         if not exact:
             converted.append(layer.name)
     return plan, skipped, converted
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _made(layer: Layer, core: AttentionCore | None, loading: bool) -> CoreAttnProcessor:
+    """The processor for a layer. Whoever patches under inference_mode() may train or load weights later."""
+    new = layer.family.exact_core(layer.attn) if core is None else copy.deepcopy(core)
+    try:
+        new.prepare(replace(layer.family.layer_info(layer.attn), loading=loading))
+    except ValueError as error:
+        raise ValueError(f"{layer.name}: {error}") from None
+    processor = layer.family(new)
+    processor.to(**layer.where_it_computes())
+    processor.train(layer.attn.training)
+    return processor
 
 
 def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[str | None, bool]:
@@ -341,54 +384,42 @@ def _decide(layer: Layer, core: AttentionCore | None, explicit: bool) -> tuple[s
 
 def _no_family(layer: Layer) -> str:
     name = type(layer.stock).__name__
-    reason = BY_REASON.get(name)
+    reason = SET_BY_HAND if isinstance(layer.stock, CoreAttnProcessor) else BY_REASON.get(name)
     return f"no processor for {name}" + (f": {reason}" if reason else "")
 
 
-def _same(one: CoreAttnProcessor, other: CoreAttnProcessor) -> bool:
-    """Whether `one`, which is installed, is what `other` would be; it may have loaded projections besides."""
+def _same(one: CoreAttnProcessor, other: CoreAttnProcessor, roles: Sequence[str] | None) -> bool:
+    """Whether `one`, which is installed, is what `other` would be; it may have loaded projections besides, but of
+    those in `roles` alone, which are loaded anew, if there are any.
+    """
 
     def shapes(processor):
         return {name: tensor.shape for name, tensor in processor.state_dict().items()}
 
-    if type(one) is not type(other) or repr(one.core) != repr(other.core):
+    def modules(core):
+        """What was given to the core as modules, like feature maps, whose names alone are in its `repr`."""
+        given = {name: getattr(core, name, None) for name in core.config()}
+        return {name: _settings(module) for name, module in given.items() if isinstance(module, nn.Module)}
+
+    if type(one) is not type(other) or repr(one.core) != repr(other.core) or modules(one.core) != modules(other.core):
         return False
     here, there = shapes(one), shapes(other)
     loaded = [name for name in here.keys() - there.keys() if name.startswith("core.projections.")]
+    if roles is not None and not {name.split(".")[2] for name in loaded} <= set(roles):
+        return False
     return {name: shape for name, shape in here.items() if name not in loaded} == there
+
+
+def _settings(module: nn.Module) -> list[tuple]:
+    """What the modules in a module are, but for weights and objects that cannot be compared."""
+    plain = (bool, int, float, str, NoneType, FunctionType)
+    return [
+        (name, type(m), {k: v for k, v in vars(m).items() if k not in ("training", "forward") and type(v) in plain})
+        for name, m in module.named_modules()
+    ]
 
 
 def _swapped(models: dict[str, nn.Module], layers: Iterable[Layer]) -> list[nn.Module]:
     """The models that the layers are part of."""
     names = {layer.component for layer in layers}
     return [model for name, model in models.items() if name in names]
-
-
-def _compile(target: Any, mode: str) -> None:
-    """Compile a model, or a pipeline's denoisers, in place: the repeated blocks or the whole."""
-    for name, model in models_of(target).items():
-        if name and not name.startswith(DENOISERS):
-            continue
-        if mode == "full":
-            whole = traceable(model)
-            if whole is model:
-                model.compile(fullgraph=True)
-            else:  # as nn.Module.compile does it, with another forward
-                model._compiled_call_impl = torch.compile(whole._call_impl, fullgraph=True)
-        elif not getattr(model, "_repeated_blocks", None):
-            raise ValueError(
-                f"compile: got 'regional', but diffusers names no repeated blocks of {type(model).__name__}; "
-                "expected 'full' for this model, or None"
-            )
-        else:
-            model.compile_repeated_blocks(fullgraph=True)
-
-
-def _compiled(target: Any) -> list[nn.Module]:
-    return [m for model in models_of(target).values() for m in model.modules() if m._compiled_call_impl is not None]
-
-
-def _uncompile(modules: list[nn.Module]) -> None:
-    for module in modules:
-        module._compiled_call_impl = None
-        module.__dict__.pop(COMPILED, None)

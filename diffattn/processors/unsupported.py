@@ -4,6 +4,9 @@ SPARSE = "its attention is sparse, a FlexAttention mask over blocks of tokens"
 IMAGE_PROMPTS = "it attends to image prompts too, by weights of its own: unload the IP-Adapter to patch this layer"
 PERTURBED = "it perturbs attention for guidance"
 PERTURBED_BY_GUIDANCE = "guidance perturbs or skips this layer's attention, and knows stock's processors alone"
+SET_BY_HAND = (
+    "diffattn's own, not set by patch: set one of diffusers' in its place, set_attn_processor(AttnProcessor2_0())"
+)
 KEY_CACHE = "its keys and values go through a cache that only this processor knows"
 
 #: Stock processor class name -> why it stays.
