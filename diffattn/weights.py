@@ -37,7 +37,8 @@ def save_weights(target: Any, path: str | Path) -> Path:
     offloaded = [name for name, tensor in tensors.items() if tensor.is_meta]
     if offloaded:
         raise ValueError(f"target: {offloaded[0]} is offloaded: save the weights before, or remove the hooks")
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    # Copies: safetensors refuses two names of one tensor, which a user's feature map may have.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     layers = {name: described(processor.core) for name, processor in installed.items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -133,6 +133,16 @@ def test_copies_have_their_own_state_and_tables():
         other(q, k, v, state=state)
 
 
+@pytest.mark.usefixtures("triton_backend")
+def test_decays_made_under_inference_mode_serve_training(device):
+    core = CausalLinearAttention(decay="retention")
+    q, k, v = (x.to(device).requires_grad_() for x in qkv())
+    with torch.inference_mode():
+        core(q, k, v)
+    core(q, k, v).sum().backward()
+    assert q.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

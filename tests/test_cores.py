@@ -151,6 +151,7 @@ def test_int8_scores_are_another_mechanism():
         (lambda: GroupedQueryAttention(kv_heads=0), "kv_heads: got 0"),
         (lambda: GroupedQueryAttention(precision="int4"), "precision: got 'int4', expected None or 'int8'"),
         (lambda: GroupedQueryAttention(kv_heads=3).check(4, 4), "expected a divisor of the layer's 4"),
+        (lambda: GroupedQueryAttention(kv_heads=8)(*qkv()), "kv_heads: got 8, expected a divisor of the layer.s 2 "),
         (lambda: LinearAttention()(*qkv(), mask=torch.ones(B, 1, N, M, dtype=torch.bool)), r"expected \(B, 1, 1, M\)"),
         (
             lambda: LinearAttention()(*qkv(), rotate=(Rotary(torch.ones(N, 4), torch.ones(N, 4)), None)),

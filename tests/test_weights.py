@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -105,3 +106,32 @@ def test_missing_files_and_unpatched_models_are_named(tmp_path):
     with pytest.raises(ValueError, match="no diffattn processor installed"):
         diffattn.save_weights(unet, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(self.one(x).relu()).relu()
+
+
+def test_a_map_with_tied_weights(tmp_path):
+    core = diffattn.LinearAttention(Tied())
+    one, other = patched_unet(1, core), patched_unet(2, core)
+    diffattn.save_weights(one, tmp_path)
+    diffattn.load_weights(other, tmp_path)
+    assert torch.equal(run(one), run(other))
+
+
+def test_arguments_that_are_numbers_of_numpy_are_saved(tmp_path):
+    core = diffattn.LinearAttention("elu1", eps=np.float32(1e-4))
+    one = patched_unet(1, core)
+    diffattn.save_weights(one, tmp_path)
+    other = build_unet(attention_head_dim=(4, 8)).eval()
+    diffattn.patch(other, weights=tmp_path)
+    assert {p.core.eps for p in diffattn.status(other).installed.values()} == {float(np.float32(1e-4))}

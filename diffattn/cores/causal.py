@@ -218,7 +218,8 @@ class CausalLinearAttention(CausalCore):
                 values = [math.log1p(-(2.0 ** (-5 - h))) for h in range(heads)]
             else:
                 values = self.decay
-            self._head_decays[key] = torch.tensor(values, dtype=torch.float32, device=k.device)
+            with torch.inference_mode(False):  # kept for calls with gradients too
+                self._head_decays[key] = torch.tensor(values, dtype=torch.float32, device=k.device)
         return self._head_decays[key]
 
     def __deepcopy__(self, memo):

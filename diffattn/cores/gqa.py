@@ -74,6 +74,7 @@ class GroupedQueryAttention(AttentionCore):
         """Equals pooling the weights that made them, which `prepare` does where it can."""
         if self.kv_heads in (None, heads.shape[2]):
             return heads
+        self.check(heads.shape[2], heads.shape[2])
         return heads.unflatten(2, (self.kv_heads, -1)).mean(3)
 
     def check(self, heads, kv_heads):

@@ -73,7 +73,7 @@ class LinearAttention(AttentionCore):
             )
         self.feature_map = feature_map
         self.normalizer = normalizer
-        self.eps = eps
+        self.eps = float(eps)
         self.input_map = input_map
         self.mid_dim = mid_dim
         self.head_maps: nn.ModuleDict | None = None
