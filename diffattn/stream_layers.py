@@ -60,7 +60,7 @@ def windowed(stream, core, stock, q, k, v, *, mask=None, scale=None, rotate=None
     index = torch.tensor(kept, dtype=torch.long, device=q.device)
 
     def select(x):
-        return x.unflatten(1, (-1, tokens)).index_select(1, index).flatten(1, 2)
+        return x.detach().unflatten(1, (-1, tokens)).index_select(1, index).flatten(1, 2)
 
     memory = dict(
         frames=[frames[i] for i in kept], k=select(k), v=select(v),

@@ -110,6 +110,8 @@ class Stream:
         for name, value, least in (("window", window, 1), ("sink", sink, 0)):
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
+        if not (time_dim is None or isinstance(time_dim, int)):
+            raise ValueError(f"time_dim: got {time_dim!r}, expected an integer or None")
         self.model, self.frames_per_chunk = model, frames_per_chunk
         self.window, self.sink, self.time_dim = window, sink, time_dim
         self._plan, self.names = plan_of(model, window)
@@ -131,8 +133,8 @@ class Stream:
         Raises: ValueError for other frames than the next, or another batch, dtype or device than before; nothing has
             changed then. RuntimeError after a call that failed half-way.
         """
+        known, before = self._signature, None if keep else self.save()
         self._begin(args, kwargs, frame_index)
-        before = None if keep else self.save()
         counted = {module: self._calls.get(module, 0) for module in self._must_run()}
         token = _RUNNING.set(self)
         self._started = False
@@ -143,6 +145,8 @@ class Stream:
             self._broken = self._started
             if before is not None:
                 self._load(before)
+            if not self._broken:
+                self._signature = known
             raise
         finally:
             _RUNNING.reset(token)
@@ -240,6 +244,9 @@ class Stream:
                 f"stream: got {type(x).__name__} for the model's first argument, expected the frames' tensor"
             )
         dim = self.time_dim if self.time_dim is not None else 2 if x.dim() == 5 else 1
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(f"time_dim: got {dim}, expected a dimension of the first argument, {tuple(x.shape)}")
+        dim %= x.dim()
         patch = getattr(getattr(self.model, "config", None), "patch_size", None)
         unit = self._block if dim == 1 else patch[0] if isinstance(patch, (tuple, list)) else 1
         if x.shape[dim] == 0 or x.shape[dim] % unit:
@@ -265,8 +272,15 @@ class Stream:
                     f"stream: got frames of {what} {now}, expected {then} as before: reset() begins a new video"
                 )
         self._signature, self.count = (x.shape[0], shape, x.dtype, x.device), count
+        self._met: set[nn.Module] = set()  # modules with a memory that have run for these frames
 
     def remember(self, module, memory):
+        if module in self._met:
+            raise RuntimeError(
+                f"model: {self.names[module]} was called twice for the same frames, and it has one memory: a stream "
+                "needs a module for each layer"
+            )
+        self._met.add(module)
         self.memory[module] = memory
         self._calls[module] = self._calls.get(module, 0) + 1
         self._started = True

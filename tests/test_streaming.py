@@ -366,7 +366,64 @@ def test_models_that_cannot_stream(model, message):
         pass
 
 
-@pytest.mark.parametrize("options", [dict(frames_per_chunk=0), dict(window=0), dict(sink=-1)])
+@pytest.mark.parametrize("options", [dict(frames_per_chunk=0), dict(window=0), dict(sink=-1), dict(time_dim="1")])
 def test_bad_options(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}: got"), streaming(CausalLinearAttention(), **options):
         pass
+
+
+class Rows(nn.Module):
+    """Attention over tokens (B, N, C), or (N, B, C) where `turned`."""
+
+    def __init__(self, core, turned=False):
+        super().__init__()
+        self.qkv, self.core, self.turned = nn.Linear(16, 48), core, turned
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.turned else x
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2)
+        out = self.core(q, k, v).flatten(2)
+        return out.transpose(0, 1) if self.turned else out
+
+
+@pytest.mark.parametrize("options", [{}, dict(keep=False)], ids=["kept", "tried"])
+def test_a_first_call_that_fails_leaves_the_stream_open(options):
+    """Before the first layer with a memory nothing has happened, so any frames may come next."""
+    with streaming(Rows(CausalLinearAttention("elu1", block=4))) as stream:
+        for wrong in (torch.randn(2, 4, 15), torch.randn(2, 4, 16).double()):
+            with pytest.raises(RuntimeError, match="mat1"):
+                stream(wrong, **options)
+        if options:
+            stream(torch.randn(3, 4, 16), **options)
+        stream(torch.randn(2, 4, 16))
+        assert stream.frames == 1
+
+
+def test_frames_along_another_dimension():
+    model = Rows(CausalLinearAttention("elu1", block=1), turned=True)
+    tokens = torch.randn(6, 2, 16)
+    whole = model(tokens)
+    for dim in (0, -3):
+        with streaming(model, 2, time_dim=dim) as stream:
+            parts = [stream(part) for part in tokens.split(2)]
+        assert relative(torch.cat(parts), whole) <= BAR
+    for dim in (3, -4):
+        with streaming(model, 2, time_dim=dim) as stream, pytest.raises(ValueError, match=f"time_dim: got {dim}, exp"):
+            stream(tokens[:2])
+
+
+def test_two_layers_with_one_core():
+    core = CausalLinearAttention("elu1", block=4)
+    with streaming(nn.Sequential(Rows(core), Rows(core))) as stream:
+        with pytest.raises(RuntimeError, match=r"0\.core was called twice for the same frames"):
+            stream(torch.randn(2, 4, 16))
+
+
+@pytest.mark.parametrize("core", [CausalLinearAttention("elu1"), SoftmaxAttention()], ids=["causal", "softmax"])
+def test_a_frame_is_trained_at_a_time(core):
+    """What is remembered holds no graph: gradients stay within the call."""
+    model = Rows(core)
+    with torch.enable_grad(), streaming(model, window=3) as stream:
+        for frame in torch.randn(2, 4, 16).split(1, 1):
+            stream(frame).square().sum().backward()
+    assert model.qkv.weight.grad.isfinite().all()
