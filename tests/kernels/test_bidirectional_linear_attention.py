@@ -88,6 +88,28 @@ def test_states_of_tiles(decay, strength, segments, device, triton_backend, monk
         assert error <= BUDGET[torch.float32], f"relative error {error:.2e}"
 
 
+def test_one_channel(device, triton_backend):
+    """A decay a channel of heads of one feature is one a token."""
+    *inputs, _ = make_inputs(device, torch.float32, N=20, H=2, Hkv=1, D=1, E=8, decay="channel", normalize=False)
+    options = dict(feature_map="elu1", normalize=False, block=1, eps=1e-6)  # with one feature it would cancel
+    grad = torch.randn(1, 20, 2, 8, device=device)
+    actual = run(ours, inputs, grad, **options)
+    expected = run(dense, [x.double() for x in inputs], grad.double(), **options)
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert (a.double() - e).norm() <= BUDGET[torch.float32] * e.norm(), name
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+def test_no_tokens(decay, any_backend, device):
+    *inputs, _ = make_inputs(device, torch.float32, N=0, H=2, Hkv=1, D=8, decay=decay)
+    inputs = [None if x is None else x.requires_grad_() for x in inputs]
+    o = ours(*inputs)
+    assert o.shape == (1, 0, 2, 8)
+    o.sum().backward()
+    assert all(x is None or x.grad is None or (x.grad == 0).all() for x in inputs)
+
+
 def test_no_number_stays_one(device, triton_backend):
     """As in the equation: what depends on a decay that is no number is none."""
     *inputs, _ = make_inputs(device, torch.float32, N=70, H=1, D=8, decay="token")

@@ -360,6 +360,51 @@ def test_strides(decay, device, triton_backend):
     torch.testing.assert_close(actual, [x.float() for x in expected], rtol=1e-4, atol=1e-4)
 
 
+def test_one_channel(device, triton_backend):
+    """A decay a channel of heads of one feature is one a token."""
+    options = dict(feature_map="elu1", normalize=False, block=1)  # with one feature it would cancel
+    inputs = make_inputs(device, torch.float32, B=2, N=20, H=2, Hkv=1, D=1, E=8, decay="channel", normalize=False)
+    grads = [torch.randn(2, 20, 2, 8, device=device), torch.randn(2, 1, 8, device=device)]
+    actual = run(kernel, inputs, grads, **options)
+    expected = run(reference, [x.double() for x in inputs], [x.double() for x in grads], **options)
+    assert actual[5].shape == (2, 20, 1, 1)
+    assert_close(actual, expected, torch.float32)
+
+
+@pytest.mark.parametrize(("B", "N"), [(2, 0), (0, 3)])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_no_tokens(decay, B, N, any_backend, device):
+    inputs = make_inputs(device, torch.float32, B=B, N=N, Hkv=1, decay=decay)
+    inputs = [None if x is None else x.requires_grad_() for x in inputs]
+    o, state = kernel(*inputs)
+    assert o.shape == (B, N, 2, 16)
+    assert torch.equal(state, inputs[4])
+    (o.sum() + state.sum()).backward()
+    for x in inputs[:4]:
+        assert x is None or x.grad is None or (x.grad.shape == x.shape and (x.grad == 0).all())
+    assert torch.equal(inputs[4].grad, torch.ones_like(state))
+
+
+def test_grids_have_one_long_axis(device, triton_backend, monkeypatch):
+    """CUDA takes 65535 programs along the other two: samples times heads may be more."""
+    module = importlib.import_module("diffattn.kernels.causal_linear_attention.triton")
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **constants: None
+
+    for name in vars(module):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(module, name, Recorder())
+    inputs = make_inputs(device, torch.float32, B=70000, N=1, H=1, D=1, decay="token")
+    run(kernel, inputs, [torch.zeros(70000, 1, 1, 1, device=device), torch.zeros(70000, 1, 2, device=device)])
+    assert len(grids) >= 6
+    for grid in grids:
+        assert all(n <= 65535 for n in grid[1:])
+
+
 def test_same_bits(device, triton_backend):
     inputs = make_inputs(device, torch.float16, N=40, H=2, D=8, decay="token")
     grads = torch.randn(1, 40, 2, 8, device=device).half(), torch.randn(1, 2, 72, device=device)

@@ -79,7 +79,7 @@ def causal_linear_attention_reference(
         S, z = split_state(state.to(working), D, E)
         if z is None:
             z = k.new_zeros(B, kv_heads, D)
-    outputs = [q.new_empty(*q.shape[:4], E)] if N == 0 else []
+    outputs = [q @ S.unsqueeze(2)] if N == 0 else []  # of no rows, with a gradient
     if form == "parallel" and N != 0:
         # in one piece, which also serves exports, whose N is no number yet
         o, S, z = _parallel(q, k, v, decay, S, z, block, normalize, eps)

@@ -89,7 +89,7 @@ def _sums(decay, tile, ways, post, rounds):
     shape = (2 if ways == 2 else 1, 1 if rounds else 2, B, H, tiles * (tile + 1))
     sums = torch.empty(shape, dtype=torch.float32, device=decay.device)
     with on_device(decay):
-        causal_linear_attention_sums_kernel[(tiles, B * H)](
+        causal_linear_attention_sums_kernel[(tiles * B * H,)](
             decay, sums, *decay.stride()[:3], N, H, BN=tile, WAYS=ways, POST=post, ROUND=rounds, num_warps=1,
         )  # fmt: skip
     return sums, (sums.stride(2), sums.stride(1), sums.stride(3), sums.stride(0) if ways == 2 else 0)
@@ -140,7 +140,8 @@ def _walk(
     if N == 0 or B == 0 or E == 0:
         if final is not None and final is not init:
             final.copy_(init) if init is not None else final.zero_()
-        return o, residual, inverse, empty(0)
+        shape = (1, B, N, H) if kind == 1 else (B, N, H, E)
+        return o, residual, inverse, empty(*shape).zero_() if rate else empty(0)
 
     name = "frames" if block > 1 else "channels" if kind > 1 else "walk"
     kernel = {
@@ -350,7 +351,7 @@ def _quotient(grad, out, residual, inverse):
     BE = padded(E)
     BN = max(1, 4096 // BE)
     with on_device(out):
-        causal_linear_attention_quotient_kernel[(cdiv(N, BN), B * H)](
+        causal_linear_attention_quotient_kernel[(cdiv(N, BN) * B * H,)](
             grad, out, residual, inverse, b, *grad.stride(), N, H, E=E, BE=BE, BN=BN,
             RESIDUAL=2 if residual.numel() else 1, num_warps=4,
         )  # fmt: skip
@@ -358,7 +359,7 @@ def _quotient(grad, out, residual, inverse):
 
 
 def _decay_gradient(r, s, final, grad_state, D, E, decay, kv_heads, steps):
-    channels = decay.dim() == 4
+    channels = decay.dim() == 4 and D > 1  # as `_walk` takes them
     if not channels:
         r, s = r.sum(0).unsqueeze(-1), s.sum(0).unsqueeze(-1)  # (B, N, H, 1)
     B, N, H, C = r.shape
@@ -373,7 +374,7 @@ def _decay_gradient(r, s, final, grad_state, D, E, decay, kv_heads, steps):
         last = S.sum(-1) if z is None else S.sum(-1) + z  # (B, Hkv, D)
         dg = torch.cat((dg[:, :-1], dg[:, -1:] + (last if channels else last.sum(-1, keepdim=True)).unsqueeze(1)), 1)
     dg = dg.flip(1).cumsum(1).flip(1)
-    if not channels:
+    if decay.dim() < 4:
         dg = dg.squeeze(-1)
     if decay.dim() == 1:
         dg = dg.sum((0, 1))

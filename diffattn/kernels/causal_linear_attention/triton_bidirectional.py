@@ -57,7 +57,7 @@ def bidirectional_linear_attention_bwd(
 
 
 def _decay_gradient_of_way(r, s, decay, kv_heads, steps, flip):
-    if decay.dim() < 4:
+    if decay.dim() < 4 or decay.shape[3] == 1:
         r, s = r.double().sum(0).unsqueeze(-1), s.double().sum(0).unsqueeze(-1)
     B, N, H, C = r.shape
     dg = (r - s).reshape(B, steps, N // steps if steps else 1, kv_heads, H // kv_heads, C).sum((2, 4))

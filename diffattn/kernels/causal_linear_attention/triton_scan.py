@@ -84,12 +84,15 @@ def causal_linear_attention_sums_kernel(
     WAYS: 0, from the first token on; 1, from the last on; 2, the one and, after it in memory, the other.
     ROUND: one part, in units of log2: within a tile float32 tells weights apart to 1e-4, bfloat16 to 4e-3.
     """
-    i_b, i_h = tl.program_id(1) // n_heads, tl.program_id(1) % n_heads
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    # One axis of programs: a grid's second one ends at 65535, which samples times heads may pass.
+    n_tiles = tl.cdiv(N, BN)
+    i_tile, i_bh = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
+    i_b, i_h = i_bh // n_heads, i_bh % n_heads
+    o_n = i_tile * BN + tl.arange(0, BN)
     p_g += i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
     b_g = limit_decay(tl.load(p_g + o_n.to(tl.int64) * stride_n, mask=o_n < N, other=0.0))
-    plane = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * (BN + 1)
-    p_sums += (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (BN + 1)
+    plane = tl.num_programs(0).to(tl.int64) * (BN + 1)
+    p_sums += tl.program_id(0).to(tl.int64) * (BN + 1)
     if ROUND:
         store_sums(p_sums, b_g * 1.4426950408889634, plane, BN, WAYS, POST)
     else:
@@ -233,8 +236,10 @@ def causal_linear_attention_quotient_kernel(
 ):
     """The gradient of the denominator, -(g_n . o_n) / d_n. o comes in two parts: rounded, it would be off by more than
     what is left where this nearly cancels with the numerator's gradient."""
-    i_b, i_h = tl.program_id(1) // n_heads, tl.program_id(1) % n_heads
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n_tiles = tl.cdiv(N, BN)
+    i_tile, i_bh = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
+    i_b, i_h = i_bh // n_heads, i_bh % n_heads
+    o_n = i_tile * BN + tl.arange(0, BN)
     o_e = tl.arange(0, BE)
     m_n = o_n < N
     m = m_n[:, None] & (o_e < E)[None, :]
