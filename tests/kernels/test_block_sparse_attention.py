@@ -386,6 +386,35 @@ def test_errors_name_the_argument(change, message):
         block_sparse_attention(**arguments)
 
 
+@pytest.mark.parametrize(("B", "N", "M"), [(0, 20, 20), (2, 0, 20), (2, 20, 0), (2, 0, 0)])
+def test_no_tokens(B, N, M, any_backend, device):
+    shape = [1, 1, number_of_blocks(N, 16), number_of_blocks(M, 16)]
+    lists = torch.zeros(shape, dtype=torch.int32, device=device)
+    blocks = Blocks(lists, lists.sum(-1, dtype=torch.int32), lists.sum(-1, dtype=torch.int32), 16, 16)
+    for function in (block_sparse_attention, linear_attention_outside):
+        q, k, v = (torch.rand(B, n, 2, 8, device=device, requires_grad=True) for n in (N, M, M))
+        o = function(q, k, v, blocks)
+        assert o.shape == (B, N, 2, 8)
+        o.sum().backward()
+        assert all((x.grad == 0).all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("B", [0, 2])
+def test_windows_of_no_tokens(B, any_backend, device):
+    q = torch.randn(B, 0, 2, 8, device=device)
+    assert window_attention(q, q, q, 2, (0, 3)).shape == q.shape
+
+
+def test_window_refuses_what_does_not_fit():
+    q = torch.randn(2, 12, 2, 8)
+    for bias in (torch.zeros(1, 13), torch.zeros(3, 12)):
+        with pytest.raises(ValueError, match="bias: got"):
+            window_attention(q, q, q, 2, (3, 4), bias=bias)
+    for radius in (-2, math.inf, math.nan):
+        with pytest.raises(ValueError, match="radius: got"):
+            window_attention(q, q, q, radius, (3, 4))
+
+
 def test_window_refuses_another_number_of_tokens():
     q = torch.zeros(1, 40, 1, 8)
     with pytest.raises(ValueError, match=r"grid: got 6 x 6 and 2 \+ 0 tokens of text, expected .* 40 and 40"):

@@ -70,6 +70,15 @@ def test_it_is_what_diffusers_computes(dtype, kernels, shape, tables, options, d
     check(*make_inputs(device, dtype, tables=tables, **shape), **options)
 
 
+@pytest.mark.parametrize(("B", "N"), [(0, 3), (2, 0)])
+def test_no_tokens(B, N, any_backend, device):
+    y, growth = ray_encoding(
+        torch.randn(B, N, 2, 8, device=device), torch.randn(B, N, 4, 4, device=device), limit=True
+    )
+    assert y.shape == (B, N, 2, 8)
+    assert growth.shape == (B, N, 2)
+
+
 @pytest.mark.parametrize("limit", [False, True])
 def test_gradients(limit):
     x, matrices, rotary = make_inputs(dtype=torch.float64, B=1, N=2, H=1, D=8)

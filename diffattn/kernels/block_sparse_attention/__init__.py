@@ -116,7 +116,7 @@ def _gathers(q, k, blocks) -> bool:
         # A graph for any number of tokens: not even which number is larger can be asked there.
         return True
     longest = blocks.index.shape[-1]
-    return longest < number_of_blocks(k.shape[1], blocks.keys) if tracing(q) else longest > 0
+    return longest < number_of_blocks(k.shape[1], blocks.keys) if tracing(q) else longest > 0 and q.numel() > 0
 
 
 def _wants_gradient(*tensors):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffattn.kernels._backend import tracing, use_triton
 from diffattn.kernels._checks import check_qkv
-from diffattn.kernels.block_sparse_attention import MAX_HEAD_DIM, block_sparse_attention
+from diffattn.kernels.block_sparse_attention import MAX_HEAD_DIM, _check_bias, block_sparse_attention
 from diffattn.kernels.block_sparse_attention.blocks import Blocks, blocks_of_layout
 from diffattn.kernels.block_sparse_attention.reference import near
 from diffattn.kernels.gqa_attention import gqa_attention
@@ -68,6 +68,10 @@ def window_attention(q, k, v, radius, grid, *, text=(0, 0), bias=None, scale=Non
             f"grid: got {height} x {width} and {text[0]} + {text[1]} tokens of text, expected as many tokens as q "
             f"and k have, {N} and {k.shape[1]}"
         )
+    if not 0 <= radius < math.inf:
+        raise ValueError(f"radius: got {radius}, expected a finite number, 0 or more")
+    # Before it is reordered, which would take what it needs of one that is too long.
+    _check_bias(q, k, bias)
     plan = _plan_for(q, grid, text, radius) if max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM else None
     if plan is not None:
         if bias is not None:
@@ -86,7 +90,7 @@ def window_attention(q, k, v, radius, grid, *, text=(0, 0), bias=None, scale=Non
 def _plan_for(q, grid, text, radius) -> Plan | None:
     """What a call walks through; None where it masks all pairs."""
     traced = tracing(q)
-    if traced and not use_triton(q):
+    if q.shape[1] == 0 or (traced and not use_triton(q)):
         return None
     make = _plan if traced else _kept_plan
     return make(tuple(grid), tuple(text), radius, (ROWS, KEYS), q.device)

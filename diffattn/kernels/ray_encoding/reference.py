@@ -16,7 +16,7 @@ def ray_encoding_reference(
             return ray_encoding_reference(x, matrices, rotary, scale, limit)
     given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32)) * scale
     half = x.shape[-1] // 2
-    fours = x[..., :half].reshape(*x.shape[:2], -1, 4) @ matrices.to(x.dtype).transpose(-1, -2)
+    fours = x[..., :half].reshape(*x.shape[:2], x.shape[2] * half // 4, 4) @ matrices.to(x.dtype).transpose(-1, -2)
     rotated = apply_rotary(x[..., half:], None if rotary is None else Rotary(*rotary))
     y = torch.cat((fours.view(*x.shape[:3], half), rotated), -1)
     if not limit:
