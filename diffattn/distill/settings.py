@@ -45,11 +45,11 @@ class Settings:
 
     def __post_init__(self):
         for name in ("batch", "accumulate", "rank", "checkpoint_every", "preview_every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a positive integer")
-        if len(self.steps) != 2 or min(self.steps) < 0 or sum(self.steps) < 1:
+        if not _pair_of(int, self.steps) or min(self.steps) < 0 or sum(self.steps) < 1:
             raise ValueError(f"steps: got {self.steps!r}, expected the steps of stage 1 and 2, at least one in all")
-        if len(self.learning_rate) != 2 or not all(0 < rate < math.inf for rate in self.learning_rate):
+        if not _pair_of((int, float), self.learning_rate) or not all(0 < x < math.inf for x in self.learning_rate):
             raise ValueError(f"learning_rate: got {self.learning_rate!r}, expected two positive numbers")
         if self.train not in TRAIN:
             raise ValueError(f"train: got {self.train!r}, expected one of {', '.join(TRAIN)}")
@@ -57,6 +57,10 @@ class Settings:
             raise ValueError(f"mixed_precision: got {self.mixed_precision!r}, expected one of {', '.join(PRECISIONS)}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes: got {self.minutes!r}, expected a positive number or None")
+
+
+def _pair_of(kind: Any, value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(x, kind) for x in value)
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
@@ -75,6 +79,8 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
 
 
 def check_prompts(prompts: Any, where: str = "the list") -> tuple[str, ...]:
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts: got the text {prompts!r}, expected a list of texts")
     prompts = tuple(prompts)
     if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise ValueError(f"prompts: {where} has none, or an empty one; expected one text or more, one a line")
@@ -86,7 +92,10 @@ def describe(core: Any, layers: Any, model: str, sampling: Sampling, settings: S
     chosen = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
     drawn = {k: v for k, v in vars(sampling).items() if k != "prompts"}
     prompts = hashlib.sha256("\n".join(sampling.prompts).encode()).hexdigest()[:16]
-    selected = layers if layers is None or isinstance(layers, str) else getattr(layers, "__name__", list(layers))
+    if callable(layers):
+        selected = getattr(layers, "__name__", type(layers).__name__)
+    else:
+        selected = layers if layers is None or isinstance(layers, str) else list(layers)
     description = {
         "model": model[:16],
         "core": repr(core),

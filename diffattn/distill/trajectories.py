@@ -34,6 +34,8 @@ class Sampling:
         height, width: in pixels; None is the pipeline's own.
         seed: of the first trajectory's noise; the next has the next.
         batch: prompts in one call of the pipeline. More is faster and takes more memory.
+
+    Raises: ValueError for numbers that are no positive integers.
     """
 
     prompts: tuple[str, ...]
@@ -44,6 +46,15 @@ class Sampling:
     width: int | None = None
     seed: int = 0
     batch: int = 16
+
+    def __post_init__(self):
+        for name in ("trajectories", "steps", "height", "width", "batch"):
+            value, optional = getattr(self, name), name in ("trajectories", "height", "width")
+            if not (optional and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(
+                    f"{name}: got {value!r}, expected a positive integer{' or None' if optional else ''}, of the "
+                    "pictures that the teacher draws"
+                )
 
     @property
     def count(self) -> int:

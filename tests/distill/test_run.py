@@ -35,6 +35,15 @@ def test_the_result_is_a_folder_that_patch_loads(run, tmp_path):
     assert torch.equal(predict(result.pipe), stock)
 
 
+@pytest.mark.parametrize(
+    "layers, taken", [("*attn1", 4), (["mid*attn1", "*attn2"], 5), (lambda name, attn: name.endswith("attn1"), 4)]
+)
+def test_layers_as_patch_takes_them(run, layers, taken):
+    assert len(run(core="hedgehog", layers=layers, steps=(1, 0)).handle.installed) == taken
+    with pytest.raises(ValueError, match=r"holds another run \(layers: "):
+        run(core="hedgehog", layers="down*attn1", steps=(1, 0))
+
+
 @pytest.mark.parametrize("train", ["projections", "lora"])
 def test_projections_that_were_trained_are_saved_and_loaded(run, train):
     result = run(core="linfusion", train=train, rank=2)
@@ -182,11 +191,20 @@ def test_batches_of_one_step_add_up_to_their_mean_gradient(run, monkeypatch):
         (dict(model=torch.nn.Linear(1, 1)), "model: got Linear"),
         (dict(prompts=[]), "prompts: the list has none"),
         (dict(prompts=["a", " "]), "prompts: the list has none, or an empty one"),
+        (dict(prompts="owl"), "prompts: got the text 'owl', expected a list"),
         (dict(steps=(0, 0)), "steps: got"),
+        (dict(steps=3), "steps: got 3, expected the steps of stage 1 and 2"),
+        (dict(steps=(1.5, 1)), "steps: got"),
         (dict(batch=0), "batch: got 0"),
+        (dict(batch=True), "batch: got True"),
+        (dict(sampling=dict(trajectories=0)), "trajectories: got 0, expected a positive integer or None"),
+        (dict(sampling=dict(steps=0)), "steps: got 0, expected a positive integer, of the pictures"),
+        (dict(sampling=dict(height=-8)), "height: got -8"),
+        (dict(sampling=dict(batch=0)), "batch: got 0"),
         (dict(train="all"), "train: got 'all'"),
         (dict(core="linear"), "has no weights of its own"),
         (dict(learning_rate=(1e-3, -1.0)), "learning_rate: got"),
+        (dict(learning_rate=1e-3), "learning_rate: got 0.001, expected two"),
         (dict(mixed_precision="int8"), "mixed_precision: got 'int8'"),
         (dict(layers="nothing*"), "matches none"),
         (dict(minutes=0), "minutes: got 0"),
