@@ -1,5 +1,8 @@
 """Other libraries' errors, cut down to quote in one of ours."""
 
+#: What diffusers raises of a folder or hub id that it cannot load: AttributeError of a pipeline's class that it lacks.
+CANNOT_LOAD = (OSError, ValueError, KeyError, AttributeError)
+
 
 def first_line(error: Exception) -> str:
     """An error in one line, its type's name where it says nothing. Of a list, which begins on the second line, three

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from diffattn import cli_distill
-from diffattn._errors import first_line
+from diffattn._errors import CANNOT_LOAD, first_line
 
 app = typer.Typer(help="Attention processors for Hugging Face diffusers.", no_args_is_help=True, add_completion=False)
 
@@ -79,9 +79,11 @@ def demo(
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    if out.is_dir():
+        raise fail(f"--out: {out} is a folder, expected a picture's name in it")
     try:
         pipe = show.load_pipeline(source)
-    except (OSError, ValueError) as error:
+    except CANNOT_LOAD as error:
         raise fail(f"--model: {source} is no folder or hub id of a pipeline ({first_line(error)})") from None
 
     if long := show.too_long(pipe, chosen):

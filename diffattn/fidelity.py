@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffattn._errors import first_line
+from diffattn._errors import CANNOT_LOAD, first_line
 from diffattn._versions import in_dtype
 from diffattn.cores import AttentionCore
 from diffattn.inspect import Inspection
@@ -107,7 +107,7 @@ def load(source: str | Path) -> Any:
         else:
             loaded = diffusers.DiffusionPipeline.from_pretrained(source, **in_dtype(torch.float32))
             loaded.set_progress_bar_config(disable=True)
-    except (OSError, ValueError, KeyError) as error:
+    except CANNOT_LOAD as error:
         raise ValueError(f"{source}: its weights cannot be loaded: {first_line(error)}") from None
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -198,7 +198,7 @@ def _from_config(folder: Path) -> nn.Module:
 
     config = _read(folder / "config.json")
     name = config.get("_class_name", "")
-    cls = getattr(diffusers, name, None)
+    cls = getattr(diffusers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise _NotAModel(f"{folder / 'config.json'}: its _class_name is {name!r}, no model of diffusers")
     return _on_meta(cls, config)
@@ -247,9 +247,12 @@ def _folder(source: str | Path) -> Path:
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        read = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {first_line(error)}") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{path} holds a {type(read).__name__}, expected an object")
+    return read
 
 
 def _row(layer: Layer, installs: dict[str, str], reasons: dict[str, str]) -> AttentionRow:

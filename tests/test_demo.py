@@ -44,6 +44,7 @@ def test_draws_a_labelled_grid_and_a_table(tmp_path):
         (["demo", "--steps", "0"], "--steps"),
         (["demo", "--out", "nowhere/demo.png"], "there is no folder nowhere"),
         (["demo", "--out", "demo.txt"], "--out: got demo.txt"),
+        (["demo", "--out", "."], "--out: . is a folder"),
         (["dmeo"], "dmeo"),
         (["export", "UNet2DConditionModel"], "UNet2DConditionModel: no folder here and no hub id"),
         (["export", ".", "--out", "nowhere/model.onnx"], "--out: there is no folder nowhere"),
@@ -58,6 +59,19 @@ def test_what_is_wrong_gets_one_line_and_exit_code_2(arguments, message, monkeyp
     assert not printed.out
     assert message in printed.err
     assert len(printed.err.strip().splitlines()) == 1
+
+
+def test_a_pipeline_that_this_diffusers_lacks_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PipelineOfTomorrow"}')
+    (tmp_path / "prompts.txt").write_text("owl")
+    model = ["--model", str(tmp_path)]
+    runs = ["--core", "mqa", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
+    for arguments in (["demo", "owl", *model], ["distill", *model, *runs]):
+        monkeypatch.setattr(sys, "argv", ["diffattn", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert "PipelineOfTomorrow" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_prints_its_version():

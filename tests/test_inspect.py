@@ -264,6 +264,9 @@ def test_a_hub_out_of_reach_is_named(run, monkeypatch):
     "files, message",
     [
         ({"config.json": "{"}, "config.json is no JSON"),
+        ({"config.json": "[]"}, "config.json holds a list, expected an object"),
+        ({"model_index.json": "3"}, "model_index.json holds a int, expected an object"),
+        ({"config.json": '{"_class_name": 5}'}, "its _class_name is 5, no model of diffusers"),
         (
             {"config.json": '{"_class_name": "CLIPTextModel"}'},
             "its _class_name is 'CLIPTextModel', no model of diffusers",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffattn._errors import first_line
+from diffattn._errors import CANNOT_LOAD, first_line
 from diffattn._versions import in_dtype
 from diffattn.cores import AttentionCore
 from diffattn.distill import card as cards
@@ -160,7 +160,7 @@ def _pipeline(model: Any, device: torch.device) -> tuple[Any, str]:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
             pipe = DiffusionPipeline.from_pretrained(model, **in_dtype(dtype))
-        except (OSError, ValueError) as error:
+        except CANNOT_LOAD as error:
             raise ValueError(f"model: {model} is no folder or hub id of a pipeline ({first_line(error)})") from None
     else:
         pipe = model
