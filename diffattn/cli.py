@@ -22,6 +22,16 @@ def fail(message: str) -> typer.Exit:
     return typer.Exit(2)
 
 
+def quiet() -> None:
+    """Diffusers and transformers load without bars, one in the other, and without advice on image processors."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         import diffattn
@@ -57,9 +67,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
 ) -> None:
     """Draw with stock attention, patch, draw again with the same seeds, undo; compare the pictures."""
-    import diffusers
     import torch
-    import transformers
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
@@ -71,16 +79,16 @@ def demo(
         raise fail('a prompt is empty; write what to draw, like "a cat with heart eyes"')
     if not out.parent.is_dir():
         raise fail(f"--out: there is no folder {out.parent}")
+    if out.is_dir():
+        raise fail(f"--out: {out} is a folder, expected a picture's name in it")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise fail(f"--out: got {out.name}, expected a picture's name that ends in .png, .jpg or .webp")
     source = model or show.emoji_model()
     if source is None:
-        raise fail("the emoji pipeline comes with a checkout of the project; name another one with --model")
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    if out.is_dir():
-        raise fail(f"--out: {out} is a folder, expected a picture's name in it")
+        raise fail(
+            "the emoji pipeline comes with a checkout of the project: `make demo` there, or name another by --model"
+        )
+    quiet()
     try:
         pipe = show.load_pipeline(source)
     except CANNOT_LOAD as error:
@@ -147,7 +155,7 @@ def bench(
 
     folder = Path(__file__).parents[1] / "benchmarks"
     if not (folder / "kernels.py").is_file():
-        raise fail("the benchmarks come with a checkout of the project, and this is an installed package")
+        raise fail("the benchmarks come with a checkout of the project: `pip install -e .` there, then run them again")
     if not torch.cuda.is_available():
         raise fail("the benchmarks need a CUDA device, and torch sees none on this machine")
     if only and which is Benchmark.all:
@@ -167,7 +175,10 @@ def inspect(
         str, typer.Argument(help="A class name of diffusers, or a folder or hub id of a model or pipeline.")
     ],
     core: Annotated[
-        str | None, typer.Option(help='What to patch with: "linear" or "mqa". Default: the exact patch.')
+        str | None,
+        typer.Option(
+            help='What to patch with: "linear", "mqa" or another that patch takes. Default: the exact patch.'
+        ),
     ] = None,
     layers: Annotated[
         list[str] | None, typer.Option(help="Glob over layer names, as patch takes it. May be repeated.")
@@ -213,6 +224,7 @@ def inspect(
         if fidelity:
             from diffattn.fidelity import PROMPT, add_fidelity
 
+            quiet()
             options = dict(layers=layers or None, weights=weights, height=height or size, width=width or size)
             found = add_fidelity(found, model, core, prompt=prompt or PROMPT, **options)
     except (OSError, ValueError) as error:
@@ -220,24 +232,28 @@ def inspect(
     show(found, model, every=every)
 
 
-class Core(str, enum.Enum):
-    linear = "linear"
-    mqa = "mqa"
-
-
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a pipeline, or of a model.")],
     out: Annotated[Path, typer.Option(help="Where the file goes.")] = Path("model.onnx"),
     core: Annotated[
-        Core | None,
-        typer.Option(help="Patch the model with this before. Default: exact attention.", show_default=False),
+        str | None,
+        typer.Option(
+            help='Patch the model with this before: "linear", "mqa" or another that patch takes. '
+            "Default: what --weights are for, else exact attention.",
+            show_default=False,
+        ),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(help="Folder or hub id of distilled weights, which say what to patch with.", show_default=False),
     ] = None,
-    static: Annotated[bool, typer.Option("--static", help="Fix batch, height, width and length of the text.")] = False,
+    static: Annotated[
+        bool,
+        typer.Option(
+            "--static", help="Fix all sizes, at small ones; `to_onnx(sample_inputs=...)` fixes them at yours."
+        ),
+    ] = False,
     opset: Annotated[
         int | None,
         typer.Option(help="Of ONNX; from 23 on, attention is one operator. Default: torch's.", show_default=False),
@@ -246,7 +262,7 @@ def export(
 ) -> None:
     """Write a pipeline's denoiser, or a model, as an ONNX file of standard operators, and check it."""
     from diffattn.export import ExportError, load, to_onnx
-    from diffattn.patch import patch
+    from diffattn.patch import as_core, patch
 
     if not Path(model).is_dir() and model.count("/") != 1:
         raise fail(f"{model}: no folder here and no hub id (user/name) of a pipeline or a model, with its weights")
@@ -255,10 +271,12 @@ def export(
     # torch's exporter tells of operators of torchvision, which no model here has, and of its own deprecations.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet()
     try:
+        as_core(core)  # before a model is loaded
         target = load(model)
         if core is not None or weights is not None:
-            patch(target, core and core.value, weights=weights)
+            patch(target, core, weights=weights)
         to_onnx(target, out, dynamic=not static, opset=opset, check=check)
     except (OSError, ValueError, ImportError) as error:
         raise fail(first_line(error)) from None

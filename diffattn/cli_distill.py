@@ -77,7 +77,7 @@ def distill(
     ] = None,
 ) -> None:
     """Teach converted attention to draw what the model drew before. For several GPUs: accelerate launch."""
-    from diffattn.cli import fail
+    from diffattn.cli import fail, quiet
 
     try:
         from diffattn.distill import DistillError, TrajectoryError, read_prompts
@@ -86,6 +86,7 @@ def distill(
 
         texts = read_prompts(prompts)  # before torch looks for GPUs and diffusers is imported
         as_core(core)
+        quiet()
         sampling = dict(
             trajectories=trajectories,
             steps=sampling_steps,

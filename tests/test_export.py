@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from diffattn import GroupedQueryAttention, LinearAttention
 from diffattn.export import ExportError, to_onnx
-from diffattn.patch import find_layers, patch
+from diffattn.patch import find_layers, patch, status
 from diffattn.processors.lumina import Lumina2AttnProcessor
 from tests.models import BY_NAME
 from tests.models.base import TinyModel
@@ -279,8 +279,20 @@ def test_the_command_says_by_its_exit_code_what_happened(tmp_path, monkeypatch):
     assert command(tmp_path / "nothing", "--out", out) == 2
     assert command(tmp_path / "model", "--out", tmp_path / "no" / "m.onnx") == 2
     assert command(tmp_path / "model", "--weights", "w", "--out", out) == 2
+    assert command(tmp_path / "model", "--core", "linaer", "--out", out) == 2
     assert not out.exists()
     assert command(tmp_path / "model", "--static", "--out", out) == 0
     monkeypatch.setattr("diffattn.export.TOLERANCE", -1.0)
     assert command(tmp_path / "model", "--static", "--out", out) == 1
     assert out.exists()
+
+
+def test_the_command_takes_every_core_that_patch_takes(tmp_path, monkeypatch):
+    from diffusers import FluxTransformer2DModel
+
+    FluxTransformer2DModel(**BY_NAME["FluxTransformer2DModel"].config).save_pretrained(tmp_path / "model")
+    exported = []
+    monkeypatch.setattr("diffattn.export.to_onnx", lambda model, path, **options: exported.append(model))
+    with pytest.warns(UserWarning, match="another mechanism"):
+        assert command(tmp_path / "model", "--core", "hedgehog", "--out", tmp_path / "m.onnx") == 0
+    assert {p.core.config()["feature_map"] for p in status(exported[0]).installed.values()} == {"hedgehog"}
