@@ -42,9 +42,10 @@ def main() -> None:
         bottom.barh(i + 0.19, patched / stock, height=0.34, color=PATCHED, label="patched" if i == 0 else None)
         bottom.text(1.01, i - 0.19, f"{stock:.1f} ms", va="center", fontsize=9, color="#555555")
         bottom.text(
-            patched / stock + 0.01, i + 0.19, f"{patched:.1f} ms, {row['speedup']:.2f}x", va="center", fontsize=9
+            patched / stock + 0.01, i + 0.19, f"{patched:.1f} ms, {stock / patched:.2f}x", va="center", fontsize=9
         )
-        labels.append(f"{row['case'].split(',')[0]}, {row['kind']}")
+        batch = "" if row["batch"] == content["batch"] else f", batch {row['batch']}"
+        labels.append(f"{row['case'].split(',')[0]}, {row['kind']}{batch}")
     bottom.set_yticks(range(len(rows)), labels, fontsize=9)
     bottom.invert_yaxis()
     bottom.set_xlim(0, 1.25)
@@ -53,7 +54,7 @@ def main() -> None:
     bottom.legend(loc="lower right", frameon=False, fontsize=9)
     machine = content["environment"]
     bottom.set_title(
-        f"One denoiser step, batch {content['batch']}, {content['dtype']}, eager; {machine['gpu']}, "
+        f"One forward, batch {content['batch']}, {content['dtype']}, eager; {machine['gpu']}, "
         f"torch {machine['torch'].split('+')[0]}, median",
         fontsize=10,
         loc="left",

@@ -180,5 +180,5 @@ def grid(drawings: list[Drawing], prompts: list[str], size: int = 160) -> Image.
             draw.rectangle((x - 1, y - 1, x + size, y + size), outline="#dddddd")
     for row, prompt in enumerate(prompts):
         y = HEADER + MARGIN + row * (size + MARGIN) + size // 2
-        draw.multiline_text((MARGIN, y), "\n".join(textwrap.wrap(prompt, 22)), fill="black", font=regular, anchor="lm")
+        draw.multiline_text((MARGIN, y), "\n".join(textwrap.wrap(prompt, 20)), fill="black", font=regular, anchor="lm")
     return sheet
