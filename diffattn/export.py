@@ -95,36 +95,28 @@ def to_onnx(
     weights = [*model.parameters(), *model.buffers()]
     if check and any(w.is_floating_point() and w.dtype != torch.float32 for w in weights):
         raise ValueError("check: the comparison needs a model in float32; use model.float(), or check=False")
+    if opset is not None and (not isinstance(opset, int) or opset < 18):
+        raise ValueError(f"opset: got {opset!r}, expected 18 or more, or None")
+    samples = _samples(model, sample_inputs)
     if streaming:
         from diffattn.export_streaming import to_onnx_streaming
 
-        samples, training = _samples(model, sample_inputs), model.training
-        model.eval()
-        try:
+        with _evaluating(model):
             return to_onnx_streaming(
                 model, path, sample_inputs=samples, dynamic=dynamic, opset=opset, check=check, say=say
             )
-        finally:
-            model.train(training)
-    inputs, fixed = flatten(model, _samples(model, sample_inputs))
+    inputs, fixed = flatten(model, samples)
     axes = choose_axes(inputs, dynamic, AXES_OF.get(type(model).__name__, {}))
 
-    if opset is not None and (not isinstance(opset, int) or opset < 18):
-        raise ValueError(f"opset: got {opset!r}, expected 18 or more, or None")
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            with _our_processors(model):
-                program = _export(model, inputs, fixed, axes, opset, say)
-            external = sum(w.numel() * w.element_size() for w in weights) > EXTERNAL_BYTES
-            program.save(path, external_data=external)
-            megabytes = sum(f.stat().st_size for f in (path, Path(f"{path}.data")) if f.exists()) / 1e6
-            say(f"wrote {path}, {megabytes:.1f} MB{', weights beside it' if external else ''}")
-            if check:
-                _compare(path, model, inputs, fixed, axes, say)
-    finally:
-        model.train(training)
+    with _evaluating(model), torch.no_grad():
+        with _our_processors(model):
+            program = _export(model, inputs, fixed, axes, opset, say)
+        external = sum(w.numel() * w.element_size() for w in weights) > EXTERNAL_BYTES
+        program.save(path, external_data=external)
+        megabytes = sum(f.stat().st_size for f in (path, Path(f"{path}.data")) if f.exists()) / 1e6
+        say(f"wrote {path}, {megabytes:.1f} MB{', weights beside it' if external else ''}")
+        if check:
+            _compare(path, model, inputs, fixed, axes, say)
     return path
 
 
@@ -180,6 +172,18 @@ def _samples(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any]:
     if unknown := sorted(set(given) - set(inspect.signature(type(model).forward).parameters)):
         raise ValueError(f"sample_inputs: {name} takes no {', '.join(unknown)}")
     return given
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode; then each part in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextlib.contextmanager

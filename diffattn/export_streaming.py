@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffattn._errors import first_line
 from diffattn.cores import CausalState
 from diffattn.export import ExportError, _name_axes, _require
-from diffattn.export_inputs import flatten, unflatten
+from diffattn.export_inputs import flatten, label, unflatten
+from diffattn.export_operators import has_attention, translations
+from diffattn.kernels._backend import onnx_attention
 from diffattn.stream_layers import rotate
 from diffattn.streaming import _RUNNING, Stream, streaming
 
@@ -48,7 +51,7 @@ def to_onnx_streaming(
         program = _export(step, keys, tensors, axes, list(states), opset)
         described = [
             dict(
-                name=name, input=name, output=f"next_{name}", dtype="float32",
+                name=name, input=name, output=f"next_{name}", dtype=str(t.dtype).removeprefix("torch."),
                 shape=["batch" if batch else t.shape[0], *t.shape[1:]],
             )
             for name, t in states.items()
@@ -79,8 +82,11 @@ def _axes(inputs, first, dynamic):
     if dynamic is not True:
         raise TypeError(f"dynamic: got {dynamic!r}, expected True or False with streaming=True")
     batch = inputs[first].shape[0]
-    if batch < 2:
-        raise ValueError(f"sample_inputs: batch is {batch} in {first[-1]}, expected 2 or more: 1 is fixed")
+    for d, axis in {0: "batch", **TIME_AXES.get(inputs[first].dim(), {})}.items():
+        if inputs[first].shape[d] < 2:
+            raise ValueError(
+                f"sample_inputs: {axis} is {inputs[first].shape[d]} in {label(first)}, expected 2 or more: 1 is fixed"
+            )
     axes = {key: {0: "batch"} if t.dim() and t.shape[0] == batch else {} for key, t in inputs.items()}
     axes[first] = TIME_AXES.get(inputs[first].dim(), axes[first])
     return axes
@@ -157,16 +163,18 @@ def _export(step, keys, tensors, axes, states, opset):
     free = torch.export.Dim.DYNAMIC
     shapes = (tuple({d: free for d in axes[key]} for key in keys),)
     try:
-        program = torch.onnx.export(
-            step,
-            tuple(tensors),
-            dynamic_shapes=shapes,
-            input_names=[key[-1] for key in keys],
-            output_names=["out", *(f"next_{name}" for name in states)],
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
+        with onnx_attention(has_attention(opset)):
+            program = torch.onnx.export(
+                step,
+                tuple(tensors),
+                dynamic_shapes=shapes,
+                input_names=[label(key) for key in keys],
+                output_names=["out", *(f"next_{name}" for name in states)],
+                opset_version=opset,
+                custom_translation_table=translations(opset),
+                dynamo=True,
+                verbose=False,
+            )
     except Exception as error:  # torch raises whatever it hits, in a wrapper or not
         last = str(error.__cause__ or error).strip() or type(error).__name__
         raise ExportError(f"{type(step.model).__name__} cannot be exported as a step: {last}") from error
@@ -181,7 +189,10 @@ def _compare(path, stream, inputs, fixed, axes, states, say) -> None:
     """Two steps that were not traced, after one another, of another batch and length."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # it has an exception class for each of its codes
+        raise ExportError(f"ONNX Runtime cannot load {path} (the file is kept): {first_line(error)}") from error
     known = {value.name for value in session.get_inputs()}
     stream.reset()
     memory, frame = {}, 0
@@ -198,12 +209,15 @@ def _compare(path, stream, inputs, fixed, axes, states, say) -> None:
             fresh[key] = t[:1] if t.dim() and t.shape[0] == batch and axes else t
         expected = stream(**unflatten(fresh, fresh.values()), **fixed)
         expected = expected[0] if isinstance(expected, (tuple, list)) else expected
-        feed = {key[-1]: t.cpu().numpy() for key, t in fresh.items()} | memory
+        feed = {label(key): t.cpu().numpy() for key, t in fresh.items()} | memory
         feed[FRAME] = torch.tensor(frame).numpy()
         for state in states:
-            rows = [feed[next(iter(inputs))[-1]].shape[0] if n == "batch" else n for n in state["shape"]]
+            rows = [feed[label(next(iter(inputs)))].shape[0] if n == "batch" else n for n in state["shape"]]
             feed.setdefault(state["input"], torch.zeros(rows).numpy())
-        out, *after = session.run(None, {name: x for name, x in feed.items() if name in known})
+        try:
+            out, *after = session.run(None, {name: x for name, x in feed.items() if name in known})
+        except Exception as error:
+            raise ExportError(f"{path}: ONNX Runtime fails at step {i + 1}: {first_line(error)}") from error
         difference = ((torch.from_numpy(out) - expected).abs().max() / expected.abs().max()).item()
         say(f"step {i + 1}: differs by {difference:.1e} of the largest number")
         if not difference <= TOLERANCE:

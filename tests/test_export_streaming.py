@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from diffattn import CausalLinearAttention, SoftmaxAttention
@@ -74,7 +75,46 @@ def test_what_has_no_fixed_state_is_refused(tmp_path):
             Sequence(CausalLinearAttention()), tmp_path / "step.onnx", sample_inputs=dict(x=torch.randn(1, 5, 8)),
             streaming=True, progress=None,
         )  # fmt: skip
+    for tokens, opset, message in ((1, None, "tokens is 1 in x"), (5, 10, "opset: got 10")):
+        with pytest.raises(ValueError, match=message):
+            to_onnx(
+                Sequence(CausalLinearAttention()), tmp_path / "step.onnx", opset=opset, streaming=True, progress=None,
+                sample_inputs=dict(x=torch.randn(2, tokens, 8)),
+            )  # fmt: skip
     assert not (tmp_path / "step.onnx").exists()
+
+
+class Scaled(Sequence):
+    def forward(self, x, scales):
+        return super().forward(x * scales[0] + scales[1])
+
+
+class Prompted(Sequence):
+    """Attends to a text as well, of which a mask leaves a part."""
+
+    def forward(self, x, text, mask):
+        text = text[:, None]
+        x = x[:, None] + F.scaled_dot_product_attention(x[:, None], text, text, attn_mask=mask[:, None, None])
+        return super().forward(x[:, 0])
+
+
+def test_masks_with_the_attention_operator(tmp_path):
+    """Translated as without states: ONNX Runtime takes no mask of one query for several."""
+    samples = dict(x=torch.randn(2, 5, 8), text=torch.randn(2, 3, 8), mask=torch.tensor([[1, 1, 1], [1, 1, 0]]) > 0)
+    path = to_onnx(
+        Prompted(CausalLinearAttention("elu1")), tmp_path / "step.onnx", sample_inputs=samples, streaming=True,
+        opset=23, progress=None,
+    )  # fmt: skip
+    assert "Attention" in {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_tensors_of_a_tuple_and_modes_of_parts(tmp_path):
+    model = Scaled(CausalLinearAttention("elu1")).train()
+    model.qkv.eval()
+    samples = dict(x=torch.randn(2, 5, 8), scales=(torch.randn(8), torch.randn(8)))
+    path = to_onnx(model, tmp_path / "step.onnx", sample_inputs=samples, streaming=True, progress=None)
+    assert [i.name for i in onnx.load(path).graph.input] == ["x", "scales_0", "scales_1", "cores.0"]
+    assert (model.training, model.cores.training, model.qkv.training) == (True, True, False)
 
 
 @pytest.mark.slow
