@@ -231,7 +231,9 @@ def normalize(q: Tensor, k: Tensor, norms, rotate=None, *, all_heads: bool = Fal
         if _is_rms_norm(norm_q, w_q, q, all_heads) and _is_rms_norm(norm_k, w_k, k, all_heads):
             fused = None if norm_q is None else (w_q, norm_q.eps), None if norm_k is None else (w_k, norm_k.eps)
             return qk_norm_rope(q, k, norms=fused, rotate=rotate, across_heads=all_heads)
-    return rotate_heads(_call_norm(norm_q, q, all_heads), _call_norm(norm_k, k, all_heads), rotate)
+    of_q, of_k = rotate_heads(_call_norm(norm_q, q, all_heads), _call_norm(norm_k, k, all_heads), rotate)
+    # Under autocast norms return float32, and the values have the dtype of the projections.
+    return of_q.to(q.dtype), of_k.to(k.dtype)
 
 
 # Each class with the attribute that holds its shape. By name, so that diffusers is not imported for it.

@@ -14,7 +14,7 @@ import diffattn
 from diffattn.patch import find_layers
 from diffattn.processors import PROCESSORS
 from diffattn.processors.unsupported import BY_REASON, WITHOUT_PROCESSOR
-from tests.models import BY_NAME
+from tests.models import BY_NAME, MODELS
 
 pytestmark = pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
 
@@ -256,3 +256,33 @@ def test_a_backend_is_refused_where_the_model_reads_it():
     assert processor._attention_backend is None
     with pytest.raises(NotImplementedError, match="unpatch"):
         processor._attention_backend = "flash"
+
+
+#: Those with a patch that is exact, but for one whose stock model does not run under autocast.
+EXACT = [m for m in MODELS if m.fused and not m.run_model and m.cls != "Cosmos3OmniTransformer"]
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["norms of a CPU", "norms of a GPU"])
+@pytest.mark.parametrize("tiny", EXACT, ids=str)
+def test_training_under_autocast(tiny, everywhere):
+    """Projections in bfloat16, norms of queries and keys in float32: output and gradients err no more than stock's.
+
+    Under autocast torch's own norms return float32 on a GPU, on a CPU those of diffusers alone.
+    """
+    model = tiny.model()
+    for layer in find_layers(model) if everywhere else []:
+        for name in ("norm_q", "norm_k"):
+            if getattr(layer.attn, name, None) is not None:
+                getattr(layer.attn, name).register_forward_hook(lambda norm, given, out: out.float())
+
+    def results(**autocast):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, **autocast):
+            out = tiny.run(model)
+        out.square().mean().backward()
+        return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    exact, theirs = results(enabled=False), results()
+    assert diffattn.patch(model).installed
+    for ours, stock, expected in zip(results(), theirs, exact, strict=True):
+        assert relative_error(ours, expected) <= 2 * relative_error(stock, expected)
