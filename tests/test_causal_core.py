@@ -184,6 +184,9 @@ def test_a_growing_gate_is_refused():
     [
         (dict(feature_map="softmax"), "feature_map: got 'softmax'"),
         (dict(decay="fast"), "decay: got 'fast'"),
+        (dict(decay=-0.1), "decay: got -0.1, expected 'retention', a number a head"),
+        (dict(eps=float("nan")), "eps: got nan, expected 0 or more"),
+        (dict(eps=-1.0), "eps: got -1.0, expected 0 or more"),
         (dict(decay=[0.5, -1]), r"decay: got \[0.5, -1.0\]"),
         (dict(block=0), "block: got 0"),
     ],

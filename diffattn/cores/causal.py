@@ -2,13 +2,14 @@
 
 import copy
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from diffattn.cores.base import AttentionCore, Rotary, apply_rotary
-from diffattn.cores.linear import _interleave, _mask_keys
+from diffattn.cores.linear import _interleave, _mask_keys, checked_eps
 from diffattn.kernels import LinearState
 from diffattn.kernels.causal_linear_attention import check_inputs, run_causal_linear_attention
 from diffattn.kernels.causal_linear_attention.reference import _map, exported_eps
@@ -135,7 +136,7 @@ class CausalLinearAttention(CausalCore):
             raise ValueError(f"feature_map: got {feature_map!r}, expected an nn.Module or one of {FEATURE_MAPS}")
         if not isinstance(block, int) or isinstance(block, bool) or block < 1:
             raise ValueError(f"block: got {block!r}, expected a positive integer, the tokens of a frame")
-        if isinstance(decay, str) and decay != "retention":
+        if isinstance(decay, numbers.Real) or (isinstance(decay, str) and decay != "retention"):
             raise ValueError(f"decay: got {decay!r}, expected 'retention', a number a head, an nn.Module or None")
         if decay is not None and not isinstance(decay, (str, nn.Module)):
             decay = [float(g) for g in decay]
@@ -145,7 +146,7 @@ class CausalLinearAttention(CausalCore):
         self.normalize = bool(normalize)
         self.decay = decay
         self.block = block
-        self.eps = eps
+        self.eps = checked_eps(eps)
         self._head_decays: dict[tuple, Tensor] = {}
 
     def forward(self, q, k, v, *, mask=None, scale=None, rotate=None, state: CausalState | None = None):

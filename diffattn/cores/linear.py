@@ -60,10 +60,6 @@ class LinearAttention(AttentionCore):
             )
         if normalizer not in ("sum", "mean"):
             raise ValueError(f"normalizer: got {normalizer!r}, expected 'sum' or 'mean'")
-        if not isinstance(eps, numbers.Real):
-            raise TypeError(f"eps: got {type(eps).__name__}, expected a number")
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"eps: got {eps}, expected 0 or more")
         if input_map is not None and input_map not in INPUT_MAPS:
             raise ValueError(f"input_map: got {input_map!r}, expected None or one of {', '.join(INPUT_MAPS)}")
         if mid_dim is not None and (input_map is None or not isinstance(mid_dim, int) or mid_dim < -1 or mid_dim == 0):
@@ -73,7 +69,7 @@ class LinearAttention(AttentionCore):
             )
         self.feature_map = feature_map
         self.normalizer = normalizer
-        self.eps = float(eps)
+        self.eps = checked_eps(eps)
         self.input_map = input_map
         self.mid_dim = mid_dim
         self.head_maps: nn.ModuleDict | None = None
@@ -147,6 +143,15 @@ class LinearAttention(AttentionCore):
         """The arguments of what a fixed formula has not, where they are not None."""
         learned = {"input_map": self.input_map, "mid_dim": self.mid_dim}
         return {name: value for name, value in learned.items() if value}
+
+
+def checked_eps(eps: float) -> float:
+    """eps as JSON can hold it. Raises: TypeError or ValueError for what is no number of 0 or more."""
+    if not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps: got {type(eps).__name__}, expected a number")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: got {eps}, expected 0 or more")
+    return float(eps)
 
 
 def _mask_keys(q: Tensor, k: Tensor, feature_map: str | None, mask: Tensor):
