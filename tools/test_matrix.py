@@ -56,6 +56,9 @@ def run(name: str, arguments: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     names, _, more = " ".join(arguments).partition("--")
     names = names.split() or list(SETS)
     unknown = [name for name in names if name not in SETS]
