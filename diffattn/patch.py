@@ -72,6 +72,7 @@ class PatchHandle:
     _kept: dict[str, CoreAttnProcessor] = field(default_factory=dict, repr=False)  # skipped, of an earlier patch
     _earlier: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)  # layers that were patched already
     _compiled: list[nn.Module] = field(default_factory=list, repr=False)
+    _compiled_earlier: list[nn.Module] = field(default_factory=list, repr=False)
     _models: dict[str, nn.Module] = field(default_factory=dict, repr=False)
 
     def undo(self) -> None:
@@ -79,10 +80,11 @@ class PatchHandle:
 
         Raises: RuntimeError if another thread is running the model, or a layer is finalized: all stays patched.
         """
-        self._take_out({})
+        self._take_out({}, [])
 
-    def _take_out(self, earlier: dict[str, dict[str, Any]]) -> None:
-        """`undo`, but layers in `earlier` get back what they had, which `Layer.state` told."""
+    def _take_out(self, earlier: dict[str, dict[str, Any]], stay: list[nn.Module]) -> None:
+        """`undo`, but layers in `earlier` get back what they had, which `Layer.state` told, and modules in `stay` stay
+        compiled."""
         refuse_if_running(_swapped(self._models, self._layers.values()), "undo")
         installed = {n: p for n, p in self.installed.items() if n not in earlier or earlier[n]["processor"] is not p}
         here = [self._layers[name] for name, p in installed.items() if self._layers[name].processor is p]
@@ -95,7 +97,7 @@ class PatchHandle:
                 layer.restore()
         for model in self._models.values():
             _forget_fused(model, lambda attn, processor: any(processor is p for p in installed.values()))
-        uncompile(self._compiled)
+        uncompile([m for m in self._compiled if m not in stay])
         self._compiled.clear()
 
     def __str__(self) -> str:
@@ -204,7 +206,7 @@ def patch(
         if compile is not None:
             compile_models(target, compile)
             ours = [m for m in compiled(target) if m not in compiled_before or COMPILED in m.__dict__]
-            handle._compiled = ours
+            handle._compiled, handle._compiled_earlier = ours, compiled_before
             for module in ours:
                 module.__dict__[COMPILED] = True
         if checkpoint is not None:  # last: what it wrote into a kept processor could not be taken back
@@ -267,7 +269,7 @@ def patched(target: Any, core: AttentionCore | str | None = None, **options: Any
     try:
         yield handle
     finally:
-        handle._take_out(handle._earlier)
+        handle._take_out(handle._earlier, handle._compiled_earlier)
 
 
 def as_core(core: AttentionCore | str | None) -> AttentionCore | None:

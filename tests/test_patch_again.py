@@ -1,5 +1,7 @@
 """A model that is patched is patched again: what the second patch keeps, what it says, what it leaves behind."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +30,19 @@ def test_a_block_leaves_the_patch_before_it(unet, inner):
     assert list(diffattn.status(unet).installed) == ["mid_block.attentions.0.transformer_blocks.0.attn1"]
     diffattn.unpatch(unet)
     assert torch.equal(out(UNET, unet), out(UNET, UNET.model()))
+
+
+def test_a_block_leaves_what_was_compiled_before_it(unet, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with diffattn.patched(unet, "mqa", compile="full"):
+        assert unet._compiled_call_impl is not None
+    assert unet._compiled_call_impl is None
+    diffattn.patch(unet, "linear", compile="full")
+    with diffattn.patched(unet, "mqa", compile="full"):
+        pass
+    assert unet._compiled_call_impl is not None
+    diffattn.unpatch(unet)
+    assert unet._compiled_call_impl is None
 
 
 def test_a_block_with_a_finalized_model_ends(unet):
