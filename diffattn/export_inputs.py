@@ -137,6 +137,16 @@ def other_sizes(inputs, axes) -> list[dict[str, int]]:
     return choices
 
 
+def _mask_values(key: Key, t: Tensor) -> tuple[float, float] | None:
+    """What stands in a mask for tokens that count and for others, 1 and 0, or 0 and -1e4; None if t is none."""
+    if "mask" not in label(key) or t.dim() == 0 or t.numel() == 0:
+        return None
+    if bool(((t == 0) | (t == 1)).all()):
+        return 1.0, 0.0
+    low, high = float(t.min()), float(t.max())
+    return (high, low) if bool(((t == low) | (t == high)).all()) else None
+
+
 def resized(inputs, axes, sizes, seed: int) -> dict[Key, Tensor]:
     """Tensors of other sizes, with numbers like those of the samples."""
     generator = torch.Generator().manual_seed(seed)
@@ -147,9 +157,9 @@ def resized(inputs, axes, sizes, seed: int) -> dict[Key, Tensor]:
             new = t.cpu()
             for d in axes[key]:
                 new = new.index_select(d, (torch.arange(shape[d]) + seed) % t.shape[d])
-        elif "mask" in label(key) and bool(((t == 0) | (t == 1)).all()):  # right padding, of the last prompt alone
-            new = torch.ones(shape)
-            new[-1, ..., shape[-1] - shape[-1] // 3 :] = 0
+        elif values := _mask_values(key, t):  # right padding, of the last prompt alone
+            new = torch.full(shape, values[0])
+            new[-1, ..., shape[-1] - shape[-1] // 3 :] = values[1]
         elif t.is_floating_point():
             spread = t.float().std(correction=0) if t.numel() > 1 else 1.0
             new = t.float().mean().cpu() + torch.randn(shape, generator=generator) * float(spread)

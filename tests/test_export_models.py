@@ -159,3 +159,17 @@ def test_errors_of_the_check(to_onnx, tmp_path, monkeypatch):
     ):
         to_onnx(Fails(), path, **options)
     assert path.exists()
+
+
+@pytest.mark.parametrize(("keep", "hide"), [(1.0, 0.0), (0.0, -1e4)])
+def test_masks_of_other_sizes_hold_the_same_two_numbers(keep, hide):
+    """Random numbers near those of an additive mask would overflow where linear attention takes their exponential."""
+    from diffattn.export_inputs import resized
+
+    key = ("encoder_attention_mask",)
+    mask = torch.full((2, 1, 7), keep)
+    mask[1, :, -3:] = hide
+    fresh = resized({key: mask}, {key: {0: "batch", 2: "text"}}, {"batch": 3, "text": 9}, seed=0)[key]
+    assert fresh.shape == (3, 1, 9)
+    assert (fresh[:2] == keep).all()
+    assert fresh[2, 0].tolist() == [keep] * 6 + [hide] * 3
