@@ -371,3 +371,15 @@ def test_offsets_beyond_32_bits(device, triton_backend):
         k.normal_(), v.normal_()
         expected, _ = exact(q, k, v)
         assert relative_error(gqa_attention(q, k, v), expected) < BUDGET[float16]
+
+
+@pytest.mark.parametrize("E", [16, 24])
+def test_autocast_keeps_dtype_and_the_reference(E, any_backend, device):
+    """Where E is not D, plain torch runs the equation, whose products autocast would round."""
+    q, k, v = (torch.randn(2, 20, 2, n, device=device) for n in (16, 16, E))
+    expected = gqa_attention(q, k, v)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = gqa_attention(q, k, v)
+    assert out.dtype == q.dtype
+    if E == 24:
+        assert torch.equal(out, expected)

@@ -86,7 +86,8 @@ def gqa_attention(q, k, v, *, mask=None, scale=None, precision=None):
     if writes_out_attention() or mask_grad or forward_mode() or not _sdpa_shares_heads(q, k, v, mask):
         return gqa_attention_reference(q, k, v, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+    return out.to(q.dtype)  # autocast gives another
 
 
 def _sdpa_shares_heads(q, k, v, mask) -> bool:

@@ -20,6 +20,10 @@ def gqa_attention_reference(q, k, v, mask=None, scale=None):
         scale: float; D ** -0.5 if None.
     Returns: (B, N, H, E) in the dtype of q. A query with every key masked gives zeros, and zero gradients.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        # It would turn the float32 products back into half precision.
+        with torch.autocast(q.device.type, enabled=False):
+            return gqa_attention_reference(q, k, v, mask, scale)
     B, N, H, D = q.shape
     M, Hkv, E = v.shape[1:]
     scale = D**-0.5 if scale is None else scale
