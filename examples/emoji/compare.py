@@ -139,21 +139,19 @@ class Bench:
         Image.fromarray(np.concatenate(pictures, axis=0)).save(path)
 
     def draw_grids(self) -> None:
-        """One a size: a column for each row of the table."""
+        """One a size, a column for each row of the table. One whose pictures are not all there stays as it is."""
         for size in self.args.sizes:
             task = Task.load(SHOWN, self.args.data)
             drawings = []
+            if not all(self.pictures(name, distilled, size).exists() for name, distilled, _ in self.cases()):
+                continue
             for name, distilled, _ in self.cases():
-                path = self.pictures(name, distilled, size)
-                if not path.exists():
-                    continue
-                strip = Image.open(path)
+                strip = Image.open(self.pictures(name, distilled, size))
                 drawing = Drawing(name, "teacher" if name == "softmax" else "distilled" if distilled else "untrained")
                 count = strip.height // size
                 drawing.images = [strip.crop((0, i * size, size, (i + 1) * size)) for i in range(count)]
                 drawings.append(drawing)
-            if drawings:
-                grid(drawings, task.prompts[: len(drawings[0].images)]).save(self.folder / f"grid-{size}.png")
+            grid(drawings, task.prompts[: len(drawings[0].images)]).save(self.folder / f"grid-{size}.png")
 
 
 def line(row: dict) -> str:
