@@ -262,7 +262,8 @@ def export(
 ) -> None:
     """Write a pipeline's denoiser, or a model, as an ONNX file of standard operators, and check it."""
     from diffattn.export import ExportError, load, to_onnx
-    from diffattn.patch import as_core, patch
+    from diffattn.patch import patch
+    from diffattn.plan import as_core
 
     if not Path(model).is_dir() and model.count("/") != 1:
         raise fail(f"{model}: no folder here and no hub id (user/name) of a pipeline or a model, with its weights")

@@ -82,7 +82,7 @@ def distill(
     try:
         from diffattn.distill import DistillError, TrajectoryError, read_prompts
         from diffattn.distill import distill as train_student
-        from diffattn.patch import as_core
+        from diffattn.plan import as_core
 
         texts = read_prompts(prompts)  # before torch looks for GPUs and diffusers is imported
         as_core(core)

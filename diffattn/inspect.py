@@ -18,7 +18,7 @@ from diffattn.cores import AttentionCore
 from diffattn.inspect_cost import Layers, SeeingCore
 from diffattn.inspect_inputs import Inputs, is_video
 from diffattn.layers import Layer, find_layers, find_unreachable, is_autoencoder, names_of
-from diffattn.patch import as_core, make_plan
+from diffattn.plan import as_core, make_plan
 
 EXACT = "computes what stock computes"
 CONVERTED = "another mechanism: needs distilled weights"

@@ -23,7 +23,8 @@ from diffattn.distill.settings import Settings, check_prompts, claim, describe, 
 from diffattn.distill.trainable import check_trainable, make_trainable, merge, settle
 from diffattn.distill.trajectories import Recording, Sampling, address, cache_root, fingerprint, record
 from diffattn.layers import DENOISERS
-from diffattn.patch import Layers, PatchHandle, as_core, patch
+from diffattn.patch import PatchHandle, patch
+from diffattn.plan import Layers, as_core
 from diffattn.weights import save_weights
 
 
