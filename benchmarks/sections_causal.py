@@ -93,11 +93,13 @@ class CausalStepSection(CausalSection):
         def theirs(*tensors):
             return peers.fla_step, (*tensors[:-1], tensors[-1].unflatten(-1, (case.D, case.D)).clone())
 
-        alone = Candidate(lambda *tensors: (lambda *x: x[-1].mul_(0.999), tensors), same=False)
+        def alone(*tensors):
+            return lambda state: state.mul_(0.999), (tensors[-1].clone(),)
+
         return {
             "ours": ours(step, with_state),
             "fla-core, fused_recurrent_simple_gla": Candidate(theirs),
-            "the states alone": alone,
+            "the states alone": Candidate(alone, same=False),
         }
 
     def call(self, case, function, tensors):
