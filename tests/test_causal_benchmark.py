@@ -201,7 +201,8 @@ def test_bars_are_judged_by_the_causal_sections(tmp_path, capsys, monkeypatch):
         row("causal", "token", ours={"median": 1.2}, **{"ours_both directions": {"median": 2.4}}, **simple),
         row("causal", "wrong", ours={"median": 9.0, "wrong": "the error may be 0.0025 at most"}, **simple),
         row("causal", "channel", ours={"median": 5.0}, **{"fla-core_chunk_gla": {"median": 1.0}}),
-        row("causal-step", "token", ours={"median": 0.28}, **{"the states alone": {"median": 0.2, "wrong": "other"}}),
+        row("causal-step", "token", ours={"median": 0.28, "of_floor": 1.6}, **{"the states alone": {"median": 0.2}}),
+        row("causal-step", "wrong", ours={"median": 0.4, "wrong": "it"}, **{"the states alone": {"median": 0.2}}),
     ]
     (tmp_path / "kernels_causal.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(sys, "argv", ["bars.py", "--results", str(tmp_path)])
@@ -209,4 +210,5 @@ def test_bars_are_judged_by_the_causal_sections(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "ok  causal forward over fla-core: at most 1.3, 1.2 (token; 1 measured)" in out
     assert "MISS  causal forward, both directions over one: at most 1.8, 2 (token; 1 measured)" in out
-    assert "ok  causal step over reading and writing its states: at most 1.5, 1.4 (token; 1 measured)" in out
+    assert "MISS  causal step: times the floor: at most 1.5, 1.6 (token; 1 measured)" in out
+    assert "ok  causal step over torch's reading and writing its states: at most 1.5, 1.4 (token; 1 measured)" in out
