@@ -8,8 +8,10 @@ BIN := .venv/bin
 demo: .venv/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/diffattn demo
 
+# pip compiles nothing above: what the tests import is compiled once, and read by every process that they start. Each
+# worker begins with a half of its own, so that what tests share is mostly made in one of them, and takes from the other.
 test: .venv/.installed lint
-	$(BIN)/pytest -n 2
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal
 
 # The quick tests on the oldest supported versions and on the newest, in environments of their own (several GB).
 test-matrix:

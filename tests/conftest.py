@@ -1,5 +1,6 @@
 """Without a GPU, Triton kernels run in the interpreter; the variable has to be set before triton loads."""
 
+import gc
 import logging
 import os
 
@@ -16,6 +17,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 
 from diffattn import config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_stays():
+    """The million objects of torch and diffusers are not walked through in every collection of the tests to come."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

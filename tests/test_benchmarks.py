@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from diffattn import cores, patched
+from diffattn.cli import main
 from diffattn.kernels.linear_attention import linear_attention_reference
 from diffattn.kernels.qk_norm_rope import qk_norm_rope
 from tests.models import MODELS
@@ -280,11 +280,13 @@ def test_plot_draws_nothing_from_nothing(tmp_path):
         (["bench", "--seconds", "0"], "--seconds"),
     ],
 )
-def test_bench_says_in_one_line_why_it_does_not_run(arguments, message):
-    command = [sys.executable, "-c", "from diffattn.cli import main; main()", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and not result.stdout
-    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+def test_bench_says_in_one_line_why_it_does_not_run(arguments, message, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["diffattn", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capfd.readouterr()
+    assert ended.value.code == 2 and not printed.out
+    assert message in printed.err and len(printed.err.strip().splitlines()) == 1
 
 
 def test_bars_are_judged_by_their_worst_case(tmp_path, capsys, monkeypatch):

@@ -74,9 +74,11 @@ def test_a_pipeline_that_this_diffusers_lacks_is_named(tmp_path, monkeypatch, ca
         assert "PipelineOfTomorrow" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_prints_its_version():
-    result = run("--version")
-    assert (result.returncode, result.stdout) == (0, f"diffattn {diffattn.__version__}\n")
+def test_prints_its_version(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["diffattn", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code or 0, capfd.readouterr().out) == (0, f"diffattn {diffattn.__version__}\n")
 
 
 def test_a_process_ends_with_the_exit_code():

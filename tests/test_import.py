@@ -63,6 +63,7 @@ def test_a_gpu_that_is_too_old_takes_plain_torch(monkeypatch):
 
     monkeypatch.setattr(_backend, "_INTERPRETING", False)
     monkeypatch.setattr(_backend, "_TRITON", _backend.OLDEST_TRITON)
+    monkeypatch.setattr(_backend, "_gpus", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with FakeTensorMode():
@@ -75,6 +76,7 @@ def test_a_gpu_that_is_too_old_takes_plain_torch(monkeypatch):
     monkeypatch.setattr(config, "backend", "triton")
     with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or more, and Tesla T4 has 7\.5"):
         _backend.use_triton(x)
+    monkeypatch.setattr(_backend, "_gpus", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert _backend.use_triton(x)
 

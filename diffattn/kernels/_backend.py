@@ -97,12 +97,16 @@ def small_shared_memory(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) not in ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
+_gpus: dict[int, str | None] = {}
+
+
 def _why_not_gpu(index: int) -> str | None:
-    found = torch.cuda.get_device_capability(index)
-    if found >= OLDEST_CAPABILITY:
-        return None
-    name, found, oldest = torch.cuda.get_device_name(index), *(f"{x}.{y}" for x, y in (found, OLDEST_CAPABILITY))
-    return f"the kernels need a GPU of compute capability {oldest} or more, and {name} has {found}"
+    if index not in _gpus:
+        capability, name = torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index)
+        found, oldest = (".".join(map(str, x)) for x in (capability, OLDEST_CAPABILITY))
+        old = f"the kernels need a GPU of compute capability {oldest} or more, and {name} has {found}"
+        _gpus[index] = old if capability < OLDEST_CAPABILITY else None
+    return _gpus[index]
 
 
 # To torch.compile the answer is a constant. That is what torch.compiler.assume_constant_result writes, which would

@@ -56,9 +56,50 @@ def aligned(*tensors: torch.Tensor) -> int:
     return alignment(*((x.shape, x.stride()) for x in tensors))
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(x: torch.Tensor):
     """In which kernels are launched on the GPU of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _HERE
+
+
+class Step:
+    """One launch of a kernel on one GPU, all of it but its tensors and the numbers that may change from call to call.
+
+    In each launch Triton finds anew, from all arguments, what it has compiled for such; that takes the CPU 20 us and
+    more, as long as a small kernel takes the GPU. So what it found for these integers and constants is kept, and
+    launched from then on. That tensors keep their dtypes is for whoever keeps a step to see to; that they start at a
+    multiple of 16 bytes, as most do, is looked at here: for others Triton is asked.
+
+    Args:
+        kernel: whose arguments are tensors, `integers`, numbers, `constants` by name, in this order.
+        options: of the compiler, such as num_warps.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, ...], integers: tuple[int, ...], constants: dict, **options):
+        self.kernel, self.integers, self.keywords = kernel, integers, constants | options
+        self.grid = (*grid, 1, 1)[:3]
+        self.constants = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.compiled = None
+
+    def __call__(self, *tensors: torch.Tensor, numbers: tuple[float, ...] = ()) -> None:
+        addresses = 0
+        for tensor in tensors:
+            addresses |= tensor.data_ptr()
+        if addresses % 16:
+            self.kernel[self.grid](*tensors, *self.integers, *numbers, **self.keywords)
+        else:
+            self.launch_aligned(*tensors, numbers=numbers)
+
+    def launch_aligned(self, *tensors, numbers: tuple[float, ...] = ()) -> None:
+        """The launch where the caller knows of the addresses; tensors may be descriptors of such."""
+        if self.compiled is not None:
+            self.compiled(*tensors, *self.integers, *numbers, *self.constants)
+            return
+        found = self.kernel[self.grid](*tensors, *self.integers, *numbers, **self.keywords)
+        # the interpreter finds nothing
+        self.compiled = None if found is None else found[self.grid]
 
 
 def rotary_tables(cos: torch.Tensor, sin: torch.Tensor):

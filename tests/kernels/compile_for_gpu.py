@@ -29,7 +29,7 @@ class Compiled:
     """Stands in for a kernel: a launch compiles it for what it is given."""
 
     def __init__(self, kernel):
-        self.kernel = kernel
+        self.kernel, self.arg_names = kernel, kernel.arg_names
 
     def __getitem__(self, grid):
         return self.launch
@@ -102,6 +102,7 @@ def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
 
 def linear() -> None:
     launchers = stand_in("linear_attention.triton")
+    stand_in("linear_attention.problem")
     cases = [
         (112, 112, torch.bfloat16, "softmax", True, 4099, 4099),
         (160, 160, torch.bfloat16, "relu", False, 4099, 4099),

@@ -278,6 +278,44 @@ def test_recurrent_kernel(dtype, decay, device, triton_backend):
         assert_close((o, state), expected, dtype, ("o", "state"))
 
 
+@pytest.mark.parametrize("decay", [None, "token"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_kept_recurrent_launch_serves_only_its_layout(normalize, decay, device, triton_backend):
+    def at_odd_address(x):
+        return torch.cat((x.new_zeros(1), x.reshape(-1)))[1:].view(x.shape)
+
+    def check(q, k, v, g, state):
+        with torch.no_grad():
+            found = kernel(q, k, v, g, state, form="recurrent", normalize=normalize)
+            inputs = (None if x is None else x.double() for x in (q, k, v, g, state))
+            assert_close(found, reference(*inputs, normalize=normalize), q.dtype, ("o", "state"))
+
+    def make(dtype):
+        return make_inputs(device, dtype, B=2, N=2, H=4, Hkv=2, D=16, E=32, decay=decay, normalize=normalize)
+
+    inputs = make(torch.float32)
+    for _ in range(2):
+        check(*inputs)
+    check(*(None if x is None else at_odd_address(x) for x in inputs))
+    check(*make(torch.float16))
+    q, k, v, g, state = inputs
+    check(q.transpose(1, 2).contiguous().transpose(1, 2), torch.cat((k, k), 3)[..., :16], v, g, state)
+    if g is not None:
+        check(q, k, v, torch.cat((g, g), 2)[:, :, :2], state)
+        check(q, k, v, g[0, 0], state)
+    check(q, k, v, g, None)
+    check(*inputs)
+
+
+@pytest.mark.parametrize(("D", "E"), [(16, 128), (32, 48), (64, 40), (128, 20), (256, 33)])
+def test_columns_of_a_recurrent_state(D, E, device, triton_backend):
+    inputs = make_inputs(device, torch.float32, N=2, H=2, D=D, E=E, decay="token", normalize=False)
+    with torch.no_grad():
+        found = kernel(*inputs, form="recurrent", normalize=False)
+        expected = reference(*(x.double() for x in inputs), normalize=False)
+    assert_close(found, expected, torch.float32, ("o", "state"))
+
+
 def test_what_does_not_fit_takes_plain_torch(device, triton_backend, monkeypatch):
     """Compiled for Hopper, the gradient of a decay of frames needs 272 KiB there beyond 128 float16 features."""
     module = importlib.import_module("diffattn.kernels.causal_linear_attention")

@@ -169,6 +169,8 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu)]
 @pytest.mark.parametrize("shape", [*SHAPES, dict(B=1, H=1, D=72, E=128, T=2, S=70)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels(dtype, shape, tables, normalize, device, triton_backend):
+    if dtype == torch.float16 and (tables == "one") == normalize and not torch.cuda.is_available():
+        pytest.skip("slow in the interpreter; float32 takes every pair of tables and normalize")
     inputs, rotary = make_inputs(device, dtype, tables=tables, **shape)
     options = dict(normalize=normalize, eps=1e-4)
     o = frame_delta_rule(*inputs, rotary=rotary, **options)

@@ -208,9 +208,10 @@ def test_strides(layout, D, device, triton_backend):
 )
 def test_heads_that_share_a_tile(N, H, D, feature_map, layout, dtype, device, triton_backend):
     q, k, v = (layout(x) for x in make_inputs(device, dtype, B=2, N=N, H=H, D=D, feature_map=feature_map))
-    check(q, k, v, feature_map=feature_map)
     # what one head gets is its neighbours' affair only where nothing separates 0 from 0 / 0
     check(q, k, v, feature_map=feature_map, eps=0.0)
+    if on_gpu or layout is torch.clone:  # slow in the interpreter
+        check(q, k, v, feature_map=feature_map)
 
 
 @pytest.mark.parametrize("layout", [torch.clone, channel_first])

@@ -304,3 +304,36 @@ def test_offsets_beyond_32_bits(across, device, triton_backend):
         a = make(1, 8, 8, 8, 8, 128, 128, across=across, dtype=float16, device=device)
         a["q"] = torch.as_strided(storage, shape, strides).normal_()
         assert_accurate(**a)
+
+
+def at_odd_address(x):
+    """The same numbers and strides, one element past a multiple of 16 bytes."""
+    return torch.cat((x.new_zeros(1), x.reshape(-1)))[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_kept_launch_serves_only_its_layout(across, device, triton_backend):
+    shape = dict(B=2, N=5, M=3, H=4, Hkv=2, D=16, R=8, across=across, device=device)
+    arguments = make(**shape)
+    for _ in range(2):
+        assert_accurate(**arguments)
+    assert_accurate(**arguments | {name: at_odd_address(arguments[name]) for name in "qk"})
+    weights = tuple((at_odd_address(weight), eps) for weight, eps in arguments["norms"])
+    assert_accurate(**arguments | dict(norms=weights))
+    assert_accurate(**make(**shape, dtype=torch.float16))
+    # the data in float32, weights and tables in another dtype
+    assert_accurate(**arguments | dict(norms=tuple((weight.half(), eps) for weight, eps in weights)))
+    rotate = tuple(Rotary(r.cos.half(), r.sin.half(), r.interleaved) for r in arguments["rotate"])
+    assert_accurate(**arguments | dict(rotate=rotate))
+    # other strides, features apart, and a row of padding
+    q = arguments["q"]
+    assert_accurate(**arguments | dict(q=q.transpose(1, 2).contiguous().transpose(1, 2)))
+    assert_accurate(**arguments | dict(q=q.transpose(2, 3).contiguous().transpose(2, 3)))
+    assert_accurate(**arguments | dict(q=torch.cat((q, q), 3)[..., :16]))
+    assert_accurate(**arguments | dict(norms=((weights[0][0], 0.5), (weights[1][0], 0.25))))
+    assert_accurate(**arguments)
+
+
+def test_heads_of_one_feature(device, triton_backend):
+    """Heads that are neighbours in memory: all other strides are multiples of 16."""
+    assert_accurate(**make(B=2, N=3, M=2, H=16, Hkv=32, D=1, R=0, across=True, device=device))

@@ -18,7 +18,7 @@ import functools
 import torch
 
 from diffattn.kernels._backend import small_shared_memory
-from diffattn.kernels._launch import PARTS, Launch, aligned, cdiv, multiprocessors, on_device, padded
+from diffattn.kernels._launch import PARTS, Launch, Step, aligned, cdiv, multiprocessors, on_device, padded
 from diffattn.kernels.causal_linear_attention.reference import split_state
 from diffattn.kernels.causal_linear_attention.triton_channels import causal_linear_attention_channels_kernel
 from diffattn.kernels.causal_linear_attention.triton_frames import causal_linear_attention_frames_kernel
@@ -252,30 +252,45 @@ def recurrent_fits(D: int, E: int, normalize: bool) -> bool:
     return padded(D) * (padded(E) if normalize else 16) <= RECURRENT_STATE
 
 
+@functools.lru_cache(1024)
+def _recurrent_step(device, dtype, q, k, v, decay, feature_map, normalize, block, init, save) -> Step:
+    """The launch for tensors of these (shape, strides), and of decay (shape, strides, dtype) or None."""
+    (B, N, H, D), (_, _, kv_heads, E) = q[0], v[0]
+    BD, BE = padded(D), padded(E)
+    warps = 4 if BD * BE <= 8192 else 8
+    if not normalize:
+        # columns of the state are independent: more programs, of fewer warps, read it sooner
+        BE = min(BE, max(16, 1024 // BD))
+        warps = min(warps, 2 if BD * BE <= 1024 else 4)
+    kind, decay_strides = 0, (0, 0, 0, 0)
+    if decay is not None:
+        shape, strides, _ = decay
+        kind = 2 if len(shape) == 4 and D > 1 else 1
+        decay_strides = {1: (0, 0, *strides, 1), 3: (*strides, 1), 4: strides}[len(shape)]
+    return Step(
+        causal_linear_attention_recurrent_kernel, (B * kv_heads, cdiv(E, BE)),
+        (*q[1], *k[1], *v[1], *decay_strides, N // block, block, kv_heads, H // kv_heads),
+        dict(D=D, E=E, BD=BD, BE=BE, MAP=feature_map, DECAY=kind, NORM=normalize, INIT=init, SAVE=save,
+             ONE=block == 1 and H == kv_heads),
+        num_warps=warps,
+    )  # fmt: skip
+
+
 def causal_linear_attention_recurrent(q, k, v, decay, state, final, feature_map, normalize, eps, block):
     """o, and the state to `final`, which may be `state`; either may be None. One token after the other."""
-    B, N, H, D = q.shape
-    kv_heads, E = v.shape[2:]
-    o = torch.empty((B, N, H, E), dtype=q.dtype, device=q.device)
+    o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     if o.numel() == 0:
         if final is not None and final is not state:
             final.copy_(state) if state is not None else final.zero_()
         return o
-    decay = _steps_first(decay, B, N // block)
-    BD, BE = padded(D), padded(E)
-    if not normalize:
-        # columns of the state are independent: more programs read it sooner
-        BE = min(BE, max(16, 2048 // BD))
+    step = _recurrent_step(
+        q.device, q.dtype, (q.shape, q.stride()), (k.shape, k.stride()), (v.shape, v.stride()),
+        None if decay is None else (decay.shape, decay.stride(), decay.dtype), feature_map, normalize, block,
+        state is not None, final is not None,
+    )  # fmt: skip
     some = o if state is None else state
     with on_device(q):
-        causal_linear_attention_recurrent_kernel[(B * kv_heads, cdiv(E, BE))](
-            q, k, v, q if decay is None else decay, some, some if final is None else final, o,
-            *q.stride(), *k.stride(), *v.stride(), *((0,) * 4 if decay is None else decay.stride()),
-            N // block, block, kv_heads, H // kv_heads, eps, D=D, E=E, BD=BD, BE=BE, MAP=feature_map,
-            DECAY=0 if decay is None else 1 if decay.shape[3] == 1 else 2, NORM=normalize,
-            INIT=state is not None, SAVE=final is not None, ONE=block == 1 and H == kv_heads,
-            num_warps=4 if BD * BE <= 8192 else 8,
-        )  # fmt: skip
+        step(q, k, v, q if decay is None else decay, some, some if final is None else final, o, numbers=(eps,))
     return o
 
 

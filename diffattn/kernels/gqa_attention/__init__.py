@@ -83,11 +83,18 @@ def gqa_attention(q, k, v, *, mask=None, scale=None, precision=None):
             if training:
                 return torch.ops.diffattn.gqa_attention(q, k, v, mask, scale, True)[0]
             return torch.ops.diffattn.gqa_attention_inference(q, k, v, mask, scale)
+        if not mask_grad:
+            return _sdpa(q, k, v, mask, scale)
     if writes_out_attention() or mask_grad or forward_mode() or not _sdpa_shares_heads(q, k, v, mask):
         return gqa_attention_reference(q, k, v, mask, scale)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
-    return out.to(q.dtype)  # autocast gives another
+    return _sdpa(q, k, v, mask, scale)
+
+
+def _sdpa(q, k, v, mask, scale):
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale, enable_gqa=True
+    ).transpose(1, 2)
+    return out if out.dtype == q.dtype else out.to(q.dtype)  # autocast gives another
 
 
 def _sdpa_shares_heads(q, k, v, mask) -> bool:

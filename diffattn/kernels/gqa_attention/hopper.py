@@ -5,8 +5,8 @@ import functools
 import torch
 import triton
 
-from diffattn.kernels._launch import cdiv, on_device
-from diffattn.kernels.gqa_attention.triton import LOG2E, head_block, prob_shift, tma_reads
+from diffattn.kernels._launch import Step, cdiv, on_device
+from diffattn.kernels.gqa_attention.triton import LOG2E, head_block, prob_shift, tma_strides
 
 # The kernel is written in what Triton 3.6 has.
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6):
@@ -42,14 +42,22 @@ def takes(q, k, v, mask, scale, row_scales=None) -> bool:
     """Whether `hopper_fwd` can run this call, and has full tiles to run."""
     return (
         _programs(q.device) > 0
-        and v.dtype.itemsize == 2
-        and q.shape[-1] == v.shape[-1] <= max(CONFIGS)
-        and q.shape[1] >= 128
-        and k.shape[1] >= 128
         and scale > 0
         and (mask is None or (row_scales is None and mask.shape[1] == mask.shape[2] == 1))
-        and all(map(tma_reads, (q, k, v)))
+        and _serves(*(_layout(x) for x in (q, k, v)))
+        and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
     )
+
+
+def _layout(x):
+    return x.dtype, x.shape, x.stride()
+
+
+@functools.lru_cache(maxsize=1024)
+def _serves(q, k, v) -> bool:
+    """By the layouts of the tensors."""
+    full = q[1][1] >= 128 and k[1][1] >= 128 and q[1][3] == v[1][3] <= max(CONFIGS)
+    return full and v[0].itemsize == 2 and all(tma_strides(x[0].itemsize, *x[1:]) for x in (q, k, v))
 
 
 def _bias(mask, B, M):
@@ -78,12 +86,34 @@ def _pieces(D, least):
     return first, max(least, head_block(D - first)) if D > first else 0
 
 
-def _describe(x, rows, width):
-    block = [1, rows, 1, width]
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}[x.dtype]
+def _blocks(shape, stride, dtype, rows, D0, D1):
+    """(shape, strides, block, layout) of the descriptor of each piece of the head dim, of one or two."""
     # The stride of an axis of size 1 is never used, but has to be a valid one.
-    strides = [16 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)] + [1]
-    return TensorDescriptor(x, list(x.shape), strides, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    strides = [16 if n == 1 else s for n, s in zip(shape[:3], stride[:3], strict=True)] + [1]
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}[dtype]
+    blocks = [[1, rows, 1, width] for width in (D0, D1) if width]
+    return [(list(shape), strides, b, gl.NVMMASharedLayout.get_default_for(b, dtype)) for b in blocks]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(device, q, k, v, kind, config):
+    """(the launch, for q, k, v and the output the blocks of their descriptors, keys a block), by layouts."""
+    B, N, H, _ = q[1]
+    M, Hkv, E = v[1][1:]
+    D0, D1 = _pieces(E, 32 if kind == INT8 else 16)
+    keys, groups, stages, turns = config or _config(E, kind, N, B * H, _programs(device))
+    out = v[0], (B, N, H, E), (N * H * E, H * E, E, 1)
+    blocks = [
+        _blocks(shape, stride, dtype, rows, D0, D1)
+        for (dtype, shape, stride), rows in ((q, 64), (k, keys), (v, keys), (out, 64))
+    ]
+    tiles = cdiv(N, 64 * groups) * B * H
+    step = Step(
+        gqa_attention_hopper_fwd_kernel, (min(_programs(device), tiles),), (N, M, H, H // Hkv, tiles),
+        dict(D0=D0, D1=D1, BM=keys, NC=groups, STAGES=stages, SHIFT=prob_shift(v[0]), PINGPONG=turns, KEYS=kind),
+        num_warps=4,
+    )  # fmt: skip
+    return step, blocks, keys
 
 
 def hopper_fwd(q, k, v, mask, scale, row_scales=None, config=None):
@@ -92,43 +122,21 @@ def hopper_fwd(q, k, v, mask, scale, row_scales=None, config=None):
     Args: as `gqa_attention_fwd`; with row_scales, q and k are int8 and there is no mask. config: one of `CONFIGS`.
     Returns: (B, N, H, E) in the dtype of v.
     """
-    B, N, H, _ = q.shape
-    M, Hkv, E = v.shape[1:]
-    D0, D1 = _pieces(E, 16 if row_scales is None else 32)
-    out = v.new_empty(B, N, H, E)
+    B, M, Hkv, E = v.shape
+    out = v.new_empty(*q.shape[:3], E)
     kind, p_q_scale, p_keys = NO_BIAS, out, out
     if row_scales is not None:
         kind, (p_q_scale, p_keys), heads = INT8, row_scales, B * Hkv
     elif mask is not None:
         kind, p_keys, heads = BIAS, _bias(mask, B, M), B
-    keys, groups, stages, turns = config or _config(E, kind, N, B * H, _programs(v.device))
+    step, blocks, keys = _plan(v.device, *(_layout(x) for x in (q, k, v)), kind, config)
     if kind != NO_BIAS:
         layout = gl.NVMMASharedLayout(0, 32, rank=2)
         p_keys = TensorDescriptor(p_keys, [heads, M], [p_keys.shape[-1], 1], [1, keys], layout)
     described = []
-    for x, rows in ((q, 64), (k, keys), (v, keys), (out, 64)):
-        first = _describe(x, rows, D0)
-        described += [first, _describe(x, rows, D1) if D1 else first]
-    tiles = cdiv(N, 64 * groups) * B * H
+    for x, pieces in zip((q, k, v, out), blocks, strict=True):
+        described += (2 * [TensorDescriptor(x, *piece) for piece in pieces])[:2]
+    scale = 1.0 if row_scales is not None else scale * LOG2E
     with on_device(v):
-        gqa_attention_hopper_fwd_kernel[(min(_programs(v.device), tiles),)](
-            *described,
-            p_q_scale,
-            p_keys,
-            1.0 if row_scales is not None else scale * LOG2E,
-            N,
-            M,
-            H,
-            H // Hkv,
-            tiles,
-            D0=D0,
-            D1=D1,
-            BM=keys,
-            NC=groups,
-            STAGES=stages,
-            SHIFT=prob_shift(v.dtype),
-            PINGPONG=turns,
-            KEYS=kind,
-            num_warps=4,
-        )
+        step.launch_aligned(*described, p_q_scale, p_keys, numbers=(scale,))
     return out

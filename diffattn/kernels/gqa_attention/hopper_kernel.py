@@ -153,7 +153,7 @@ def _consumer(
     p_o0, p_o1, p_qs,
     s_q0, s_q1, s_k0, s_k1, s_v0, s_v1, s_o0, s_o1, s_ks,
     q_full, q_empty, k_full, v_full, kv_empty, turn,
-    scale, N, M, H, G, n_tiles,
+    N, M, H, G, n_tiles, scale,
     c: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, BM: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr,
     SHIFT: gl.constexpr, PINGPONG: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
@@ -292,7 +292,7 @@ def _consumer(
 @gluon.jit(do_not_specialize=["N", "M", "H", "G", "n_tiles"])
 def gqa_attention_hopper_fwd_kernel(
     p_q0, p_q1, p_k0, p_k1, p_v0, p_v1, p_o0, p_o1, p_qs, p_ks,
-    scale, N, M, H, G, n_tiles,
+    N, M, H, G, n_tiles, scale,
     D0: gl.constexpr, D1: gl.constexpr, BM: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr,
     SHIFT: gl.constexpr, PINGPONG: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
@@ -351,13 +351,13 @@ def gqa_attention_hopper_fwd_kernel(
                     p_o0, p_o1, p_qs,
                     s_q0, s_q1, s_k0, s_k1, s_v0, s_v1, s_o0, s_o1, s_ks,
                     q_full, q_empty, k_full, v_full, kv_empty, turn,
-                    scale, N, M, H, G, n_tiles, C0, D0, D1, BM, NC, STAGES, SHIFT, PINGPONG, KEYS,
+                    N, M, H, G, n_tiles, scale, C0, D0, D1, BM, NC, STAGES, SHIFT, PINGPONG, KEYS,
                 )),
                 (_consumer, (
                     p_o0, p_o1, p_qs,
                     s_q0, s_q1, s_k0, s_k1, s_v0, s_v1, s_o0, s_o1, s_ks,
                     q_full, q_empty, k_full, v_full, kv_empty, turn,
-                    scale, N, M, H, G, n_tiles, C1, D0, D1, BM, NC, STAGES, SHIFT, PINGPONG, KEYS,
+                    N, M, H, G, n_tiles, scale, C1, D0, D1, BM, NC, STAGES, SHIFT, PINGPONG, KEYS,
                 )),
                 (_producer, (
                     p_q0, p_q1, p_k0, p_k1, p_v0, p_v1, p_ks,
@@ -375,19 +375,19 @@ def gqa_attention_hopper_fwd_kernel(
                     p_o0, p_o1, p_qs,
                     s_q0, s_q1, s_k0, s_k1, s_v0, s_v1, s_o0, s_o1, s_ks,
                     q_full, q_empty, k_full, v_full, kv_empty, turn,
-                    scale, N, M, H, G, n_tiles, C0, D0, D1, BM, NC, STAGES, SHIFT, PINGPONG, KEYS,
+                    N, M, H, G, n_tiles, scale, C0, D0, D1, BM, NC, STAGES, SHIFT, PINGPONG, KEYS,
                 )),
                 (_consumer, (
                     p_o0, p_o1, p_qs,
                     s_q0, s_q1, s_k0, s_k1, s_v0, s_v1, s_o0, s_o1, s_ks,
                     q_full, q_empty, k_full, v_full, kv_empty, turn,
-                    scale, N, M, H, G, n_tiles, C1, D0, D1, BM, NC, STAGES, SHIFT, PINGPONG, KEYS,
+                    N, M, H, G, n_tiles, scale, C1, D0, D1, BM, NC, STAGES, SHIFT, PINGPONG, KEYS,
                 )),
                 (_consumer, (
                     p_o0, p_o1, p_qs,
                     s_q0, s_q1, s_k0, s_k1, s_v0, s_v1, s_o0, s_o1, s_ks,
                     q_full, q_empty, k_full, v_full, kv_empty, turn,
-                    scale, N, M, H, G, n_tiles, C2, D0, D1, BM, NC, STAGES, SHIFT, PINGPONG, KEYS,
+                    N, M, H, G, n_tiles, scale, C2, D0, D1, BM, NC, STAGES, SHIFT, PINGPONG, KEYS,
                 )),
                 (_producer, (
                     p_q0, p_q1, p_k0, p_k1, p_v0, p_v1, p_ks,

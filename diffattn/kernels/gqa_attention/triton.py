@@ -134,13 +134,13 @@ def _device_has_tma(device) -> bool:
 
 
 def tma_reads(x) -> bool:
-    size = x.itemsize
-    return (
-        x.stride(-1) == 1
-        and x.numel() > 0
-        and x.data_ptr() % 16 == 0
-        and all(n == 1 or (s > 0 and s * size % 16 == 0) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
-    )
+    return tma_strides(x.itemsize, x.shape, x.stride()) and x.data_ptr() % 16 == 0
+
+
+def tma_strides(size: int, shape, strides) -> bool:
+    """Whether a tensor of such a layout, `size` bytes an element, may have a descriptor."""
+    rows = zip(shape[:3], strides[:3], strict=True)
+    return strides[3] == 1 and 0 not in shape and all(n == 1 or (s > 0 and s * size % 16 == 0) for n, s in rows)
 
 
 def block_loads(*tensors_and_blocks):

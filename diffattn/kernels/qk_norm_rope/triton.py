@@ -10,11 +10,13 @@ load, split in registers) or half a head apart (two loads; a third plane then ha
 
 import functools
 import math
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
-from diffattn.kernels._launch import on_device, power_of_2, rotary_tables
+from diffattn.kernels._launch import Step, cdiv, on_device, power_of_2, rotary_tables
 
 
 @triton.jit
@@ -216,13 +218,17 @@ _NUMBERS = [f"{x}_{n}" for x in "qk" for n in ("N", "stride_b", "stride_n", "str
 
 @triton.jit(do_not_specialize=["split", *_NUMBERS])
 def qk_norm_rope_kernel(
-    split,
     p_q,
     p_q_weight,
     p_q_cos,
     p_q_sin,
     p_q_out,
-    q_eps,
+    p_k,
+    p_k_weight,
+    p_k_cos,
+    p_k_sin,
+    p_k_out,
+    split,
     q_N,
     q_stride_b,
     q_stride_n,
@@ -230,12 +236,6 @@ def qk_norm_rope_kernel(
     q_stride_tb,
     q_stride_tn,
     q_stride_td,
-    p_k,
-    p_k_weight,
-    p_k_cos,
-    p_k_sin,
-    p_k_out,
-    k_eps,
     k_N,
     k_stride_b,
     k_stride_n,
@@ -243,6 +243,8 @@ def qk_norm_rope_kernel(
     k_stride_tb,
     k_stride_tn,
     k_stride_td,
+    q_eps,
+    k_eps,
     Q_H: tl.constexpr,
     Q_R: tl.constexpr,
     Q_BD: tl.constexpr,
@@ -292,7 +294,6 @@ WARPS = {False: 2, True: 8}
 ACROSS_BYTES = 16384
 
 
-@functools.lru_cache(maxsize=1024)
 def _tile(H: int, D: int, R: int, halves: bool, across: bool, itemsize: int):
     """(BD, BC, HB, T) of `norm_rope_tile`: one 16-byte load for each thread of a program and each step."""
     BD = max(2, power_of_2(R if halves else D))
@@ -311,56 +312,81 @@ def _tile(H: int, D: int, R: int, halves: bool, across: bool, itemsize: int):
     return BD, BC, heads, rows // heads
 
 
-def _entry(x, weight, eps, cos, sin, halves, across):
-    """(pointers and numbers, output, constants, programs, table strides) of one tensor."""
+class Layout(NamedTuple):
+    """What a launch depends on of q, or of k, with its weight and tables: norm and R as in `norm_rope_tile`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    norm: int
+    weight_dtype: torch.dtype
+    R: int
+    halves: bool
+    table_dtype: torch.dtype
+    table_strides: tuple[int, int, int]
+
+
+def _entry(x, weight, eps, cos, sin, halves):
+    """(tensors for the kernel, `Layout`). Where there is no weight or no table, x stands in its place."""
     if x.stride(3) != 1:
         x = x.contiguous()
-    B, N, H, D = x.shape
-    out = x.new_empty(x.shape)
-    R = 0
-    tables = (x, x)
-    strides = (0, 0, 1)
+    tables, table_strides, R = (x, x), (0, 0, 1), 0
     if cos is not None:
-        tables, strides = rotary_tables(cos, sin)
+        tables, table_strides = rotary_tables(cos, sin)
         R = 2 * cos.shape[-1]
-    norm = 0
-    if eps is not None:
-        norm = 1
-        if weight is not None:
-            weight, norm = weight.contiguous(), 2
-    halves = halves and R > 0
-    BD, BC, HB, T = _tile(H, D, R, halves, across, x.element_size())
-    programs = B * -(-N // T) * (1 if across else -(-H // HB))
-    stride_b, stride_n, stride_h, _ = x.stride()
-    align = math.gcd(stride_b if B > 1 else 0, stride_n, stride_h if H > 1 else 0, 16)
-    table_align = math.gcd(strides[0], strides[1], 16)
-    arguments = (
-        x, x if weight is None else weight, *tables, out, 0.0 if eps is None else eps, N, stride_b, stride_n, stride_h,
-        *strides,
+    norm = 0 if eps is None else 1 if weight is None else 2
+    weight = weight.contiguous() if norm == 2 else x
+    tensors = x, weight, *tables, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return tensors, Layout(
+        x.dtype, x.shape, x.stride(), norm, weight.dtype, R, halves and R > 0, tables[0].dtype, table_strides
+    )
+
+
+def _part(layout: Layout, across: bool):
+    """(integers, constants, programs) of one tensor."""
+    B, N, H, D = layout.shape
+    BD, BC, HB, T = _tile(H, D, layout.R, layout.halves, across, layout.dtype.itemsize)
+    programs = B * cdiv(N, T) * (1 if across else cdiv(H, HB))
+    constants = dict(H=H, R=layout.R, BD=BD, BC=BC, HB=HB, T=T, HALVES=layout.halves, NORM=layout.norm)
+    return (N, *layout.strides[:3], *layout.table_strides), constants, programs
+
+
+@functools.lru_cache(maxsize=1024)
+def _step(device: torch.device, across: bool, q: Layout, k: Layout | None) -> Step | None:
+    """The launch for such tensors on such a GPU, None if there is nothing to do."""
+    q_integers, q_constants, split = _part(q, across)
+    if k is None:
+        k_integers, k_constants, programs = q_integers, dict.fromkeys(q_constants, 0), split
+    else:
+        k_integers, k_constants, more = _part(k, across)
+        programs = split + more
+    if not programs:
+        return None
+    layouts = [x for x in (q, k) if x is not None]
+    constants = {f"Q_{name}": value for name, value in q_constants.items()}
+    constants |= {f"K_{name}": value for name, value in k_constants.items()}
+    constants |= dict(
+        D=q.shape[3], ACROSS=across,
+        # of one feature a head, heads may be neighbours: so strides of 1 count as well
+        ALIGN=math.gcd(16, *(s for x in layouts for n, s in zip(x.shape[:3], x.strides, strict=False) if n > 1)),
+        TABLE_ALIGN=math.gcd(16, *(s for x in layouts for s in x.table_strides[:2])),
     )  # fmt: skip
-    return arguments, (H, R, BD, BC, HB, T, halves, norm), out, programs, align, table_align
+    integers = split, *q_integers, *k_integers
+    return Step(qk_norm_rope_kernel, (programs,), integers, constants, num_warps=WARPS[across])
 
 
 def qk_norm_rope_fwd(
     q, k, q_weight, k_weight, q_eps, k_eps, q_cos, q_sin, k_cos, k_sin, q_halves, k_halves, across_heads
 ):
     """Launch the kernel. Arguments and return value: as the operator `diffattn::qk_norm_rope`."""
-    q_arguments, q_constants, q_out, split, align, table_align = _entry(
-        q, q_weight, q_eps, q_cos, q_sin, q_halves, across_heads
-    )
-    programs, outs = split, [q_out]
-    k_arguments, k_constants = q_arguments, (0,) * 8
-    if k is not None:
-        k_arguments, k_constants, k_out, more, k_align, k_table_align = _entry(
-            k, k_weight, k_eps, k_cos, k_sin, k_halves, across_heads
-        )
-        align, table_align = min(align, k_align), min(table_align, k_table_align)
-        programs += more
-        outs.append(k_out)
-    if programs:
+    tensors, layout = _entry(q, q_weight, q_eps, q_cos, q_sin, q_halves)
+    if k is None:
+        k_tensors, k_layout, outs = tensors, None, [tensors[-1]]
+    else:
+        k_tensors, k_layout = _entry(k, k_weight, k_eps, k_cos, k_sin, k_halves)
+        outs = [tensors[-1], k_tensors[-1]]
+    step = _step(q.device, across_heads, layout, k_layout)
+    if step is not None:
         with on_device(q):
-            qk_norm_rope_kernel[(programs,)](
-                split, *q_arguments, *k_arguments, *q_constants, *k_constants, q.shape[3], across_heads, align,
-                table_align, num_warps=WARPS[across_heads],
-            )  # fmt: skip
+            step(*tensors, *k_tensors, numbers=(q_eps or 0.0, k_eps or 0.0))
     return outs
