@@ -2,6 +2,7 @@
 
     python benchmarks/startup.py                # the emoji pipeline's UNet on a CPU, a few minutes on a free core
     python benchmarks/startup.py --device cuda  # SD 1.5's UNet and Sana 1.6B with random weights, bfloat16, 5 minutes
+    python benchmarks/startup.py --device cuda --only "*eager" --limit 100     # some of it; a way that takes longer fails
 
 For each way, in a process of its own with empty caches of compiled code: the seconds of `patch(..., compile=...)` and
 the first forward, those of the first forward at a second resolution, and the median of the forwards after that; in
@@ -104,6 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", action="append", help='glob over "model, way"; may be repeated')
+    parser.add_argument("--limit", type=float, help="seconds after which a process is ended, and its row says so")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -113,6 +116,7 @@ def main() -> None:
 
     import torch
     from report import environment, results_folder, write_json
+    from timing import chosen
 
     if options.device == "cuda":
         about, folder = environment(), results_folder(torch.cuda.get_device_name())
@@ -124,7 +128,7 @@ def main() -> None:
     rows = []
     for name in MODELS[options.device]:
         core = "exact" if "Sana" in name else "linear"
-        for way in WAYS:
+        for way in (way for way in WAYS if chosen(f"{name}, {way}", options.only)):
             if way == "regional" and "Sana" in name:
                 rows.append({"model": name, "way": way, "failed": "diffusers names no repeated blocks of it"})
                 continue
@@ -133,17 +137,20 @@ def main() -> None:
                 paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
                 environ = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache,
                                         "PYTHONPATH": paths}  # fmt: skip
-                row = {"model": name, "core": core, "way": way} | in_a_process(command, environ)
+                row = {"model": name, "core": core, "way": way} | in_a_process(command, environ, options.limit)
                 if way == "eager" and options.device == "cuda":
                     # all later starts on a machine: Triton finds its kernels compiled
-                    row["start_again_s"] = in_a_process(command, environ).get("start_s")
+                    row["start_again_s"] = in_a_process(command, environ, options.limit).get("start_s")
             rows.append(row)
             print(row, flush=True)
             write_json((options.out or folder) / "startup.json", {"environment": about, "rows": rows})
 
 
-def in_a_process(command: list[str], environ: dict[str, str]) -> dict:
-    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+def in_a_process(command: list[str], environ: dict[str, str], limit: float | None) -> dict:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {limit:g} s"}
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-300:]}
 
 

@@ -151,7 +151,8 @@ def _with_adapters(core: AttentionCore, role: str, module: nn.Module, x: Tensor,
 
 def _added(core: AttentionCore, role: str, module: nn.Module, x: Tensor) -> Tensor | None:
     """What the layer's projection adds to the core's own in its place: its adapters."""
-    if hasattr(module, "base_layer"):
+    # first, as in most calls: a module takes microseconds to find that it lacks an attribute
+    if type(module) is not nn.Linear and hasattr(module, "base_layer"):
         added = adapters(module, x)
         if added is not None and core.refuses_adapters:
             raise RuntimeError(_refusal("adapter", core.refuses_adapters))
@@ -167,8 +168,10 @@ def _look(own: nn.Module, module: nn.Module, role: str) -> None:
     A LoRA that was fused and unloaded leaves no other trace. Its weight has the same address and version.
     """
     now = time.monotonic()
+    if now - vars(own).get("looked", -LOOK_EVERY) < LOOK_EVERY:
+        return
     before = getattr(own, "instead_of", None)
-    if before is None or now - getattr(own, "looked", -LOOK_EVERY) < LOOK_EVERY:
+    if before is None:
         return
     weight = getattr(module, "weight", None)  # none of a dropped one
     if weight is None or weight.is_meta or weight.element_size() < 2:  # float8 storage rounds more than a LoRA adds
