@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py                # the emoji pipeline's UNet on a CPU, a few minutes on a free core
     python benchmarks/startup.py --device cuda  # SD 1.5's UNet and Sana 1.6B with random weights, bfloat16, 5 minutes
-    python benchmarks/startup.py --device cuda --only "*eager" --limit 100     # some of it; a way that takes longer fails
+    python benchmarks/startup.py --device cuda --only "*eager" --limit 100     # some of it, none longer
 
 For each way, in a process of its own with empty caches of compiled code: the seconds of `patch(..., compile=...)` and
 the first forward, those of the first forward at a second resolution, and the median of the forwards after that; in
