@@ -229,6 +229,22 @@ def test_slices_of_fused_projections(device, triton_backend):
     check(q, k, v)
 
 
+@pytest.mark.parametrize("N", [100, 2100])  # one kernel, and three
+def test_kept_launches_serve_only_what_they_were_made_for(N, device, triton_backend):
+    """The same layouts again from odd addresses and in another dtype, then other strides."""
+
+    def check_forward(q, k, v):
+        exact = linear_attention_reference(*(x.double() for x in (q, k, v)), feature_map="elu1", eps=1e-6)
+        out = linear_attention(q, k, v, feature_map="elu1", eps=1e-6)
+        assert ((out - exact).norm() / exact.norm()).item() <= 1e-3
+
+    for dtype in (torch.float16, torch.float32):
+        rows = torch.randn(3, 32 * N + 16, device=device).to(dtype)
+        for first in (0, 1, 0):
+            check_forward(*(x[first : first + 32 * N].view(1, N, 2, 16) for x in rows))
+    check_forward(*torch.randn(1, N, 3, 2, 16, device=device).half().unbind(2))
+
+
 def test_expanded_gradient(device, triton_backend):
     q, k, v = (x.requires_grad_() for x in make_inputs(device, torch.float32, N=50, D=16))
     actual = torch.autograd.grad(linear_attention(q, k, v).sum(), (q, k, v))
