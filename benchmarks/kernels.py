@@ -23,7 +23,7 @@ from pathlib import Path
 import cases
 import torch
 from candidates import Candidate
-from report import environment, results_folder, write_json
+from report import environment, gpu_name, results_folder, write_json
 from sections_causal import CausalSection, CausalStepSection, CausalTrainingSection
 from sections_linear import FlaSection, FlaTrainingSection, GraphSection, LinearSection, TrainingSection
 from sections_softmax import NormRopeSection, SoftmaxSection
@@ -176,7 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     if not any(chosen(f"{title}/{case.name}", args.only) for title, _, section in sections() for case in section):
         parser.error(f"--only: {args.only} matches no case")
-    out = args.out or results_folder(torch.cuda.get_device_name())
+    out = args.out or results_folder(gpu_name())
     run(out, args.name, args.only, args.seconds)
 
 

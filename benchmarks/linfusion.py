@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from models import build, build_sd15, unet_inputs
 from peers import linfusion
-from report import environment, results_folder, write_json
+from report import environment, gpu_name, results_folder, write_json
 from timing import Deadline, chosen, digits, interleave, peak_bytes, reason
 from torch import Tensor, nn
 
@@ -175,7 +175,7 @@ def main() -> None:
     args = parser.parse_args()
     if not any(chosen(name, args.only) for name in CASES):
         parser.error(f"--only: {args.only} matches none of {', '.join(CASES)}")
-    run(args.out or results_folder(torch.cuda.get_device_name()), args.only, args.seconds, args.each)
+    run(args.out or results_folder(gpu_name()), args.only, args.seconds, args.each)
 
 
 if __name__ == "__main__":

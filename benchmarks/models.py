@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from report import environment, results_folder, write_json
+from report import environment, gpu_name, results_folder, write_json
 from timing import Deadline, chosen, digits, reason, summary
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -389,7 +389,7 @@ def main() -> None:
     args = parser.parse_args()
     if not any(chosen(case.name, args.only) for case in CASES):
         parser.error(f"--only: {args.only} matches none of {', '.join(case.name for case in CASES)}")
-    out = args.out or results_folder(torch.cuda.get_device_name())
+    out = args.out or results_folder(gpu_name())
     run(out, args.only, args.seconds, args.each, args.compile)
 
 

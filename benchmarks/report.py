@@ -10,13 +10,20 @@ from pathlib import Path
 import torch
 
 
+def gpu_name() -> str:
+    """The GPU that a script measures; without one its last word."""
+    if not torch.cuda.is_available():
+        raise SystemExit("This measures an NVIDIA GPU, and torch sees none here.")
+    return torch.cuda.get_device_name()
+
+
 def environment() -> dict:
     """GPU, driver, library versions and the commit, for the head of a result file."""
     import diffusers
     import triton
 
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": gpu_name(),
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "triton": triton.__version__,

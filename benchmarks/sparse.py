@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from report import environment, results_folder, write_json
+from report import environment, gpu_name, results_folder, write_json
 from timing import Deadline, ceilings, chosen, digits, interleave, peak_bytes, reason
 from torch import Tensor, nn
 
@@ -155,7 +155,7 @@ def main() -> None:
     args = parser.parse_args()
     if not any(chosen(case.name, args.only) for case in CASES):
         parser.error(f"--only: {args.only} matches none of {', '.join(case.name for case in CASES)}")
-    run(args.out or results_folder(torch.cuda.get_device_name()), args.only, args.seconds, args.each)
+    run(args.out or results_folder(gpu_name()), args.only, args.seconds, args.each)
 
 
 if __name__ == "__main__":

@@ -115,11 +115,11 @@ def main() -> None:
         return
 
     import torch
-    from report import environment, results_folder, write_json
+    from report import environment, gpu_name, results_folder, write_json
     from timing import chosen
 
     if options.device == "cuda":
-        about, folder = environment(), results_folder(torch.cuda.get_device_name())
+        about, folder = environment(), results_folder(gpu_name())
     else:
         # torch has its own count; the one here is what the process may use.
         about = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1),

@@ -173,6 +173,14 @@ def test_results_of_a_gpu_have_a_folder(gpu, folder):
     assert results_folder(gpu) == BENCHMARKS / "results" / folder
 
 
+def test_without_a_gpu_scripts_say_so(monkeypatch):
+    import report
+
+    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="measures an NVIDIA GPU, and torch sees none"):
+        report.environment()
+
+
 @pytest.mark.gpu
 def test_a_candidate_that_computes_something_else_is_told_from_one_that_cannot_run():
     import cases
