@@ -118,6 +118,10 @@ def main() -> None:
     from report import environment, gpu_name, results_folder, write_json
     from timing import chosen
 
+    cases = [f"{name}, {way}" for name in MODELS[options.device] for way in WAYS]
+    if not any(chosen(case, options.only) for case in cases):
+        parser.error(f"--only: {options.only} matches none of {'; '.join(cases)}")
+
     if options.device == "cuda":
         about, folder = environment(), results_folder(gpu_name())
     else:

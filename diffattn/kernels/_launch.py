@@ -67,8 +67,8 @@ def on_device(x: torch.Tensor):
 class Step:
     """One launch of a kernel on one GPU, all of it but its tensors and the numbers that may change from call to call.
 
-    In each launch Triton finds anew, from all arguments, what it has compiled for such; that takes the CPU 20 us and
-    more, as long as a small kernel takes the GPU. So what it found for these integers and constants is kept, and
+    In each launch Triton finds anew, from all arguments, what it has compiled for such, which takes the CPU as long as
+    a small kernel takes the GPU (benchmarks/NOTES.md). So what it found for these integers and constants is kept, and
     launched from then on. That tensors keep their dtypes is for whoever keeps a step to see to; that they start at a
     multiple of 16 bytes, as most do, is looked at here: for others Triton is asked.
 

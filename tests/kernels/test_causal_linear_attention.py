@@ -9,6 +9,7 @@ import torch
 from diffattn import config
 from diffattn.kernels import causal_linear_attention, linear_attention
 from diffattn.kernels.causal_linear_attention import LinearState, causal_linear_attention_reference
+from tests.kernels.accuracy import at_odd_address
 
 # relative Frobenius errors; rounding the output alone costs 1.7e-3, 2.1e-4 and 3e-8
 BUDGET = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
@@ -281,9 +282,6 @@ def test_recurrent_kernel(dtype, decay, device, triton_backend):
 @pytest.mark.parametrize("decay", [None, "token"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_kept_recurrent_launch_serves_only_its_layout(normalize, decay, device, triton_backend):
-    def at_odd_address(x):
-        return torch.cat((x.new_zeros(1), x.reshape(-1)))[1:].view(x.shape)
-
     def check(q, k, v, g, state):
         with torch.no_grad():
             found = kernel(q, k, v, g, state, form="recurrent", normalize=normalize)

@@ -6,7 +6,7 @@ import torch
 from diffattn import config
 from diffattn.kernels import Rotary, qk_norm_rope
 from diffattn.kernels.qk_norm_rope.reference import norm_rope_reference
-from tests.kernels.accuracy import relative_error
+from tests.kernels.accuracy import at_odd_address, relative_error
 
 # Relative Frobenius error. The result is rounded once: 1.63e-3 in bfloat16, 2.0e-4 in float16.
 BUDGET = {torch.float32: 1e-5, torch.float16: 4e-4, torch.bfloat16: 2.5e-3}
@@ -304,11 +304,6 @@ def test_offsets_beyond_32_bits(across, device, triton_backend):
         a = make(1, 8, 8, 8, 8, 128, 128, across=across, dtype=float16, device=device)
         a["q"] = torch.as_strided(storage, shape, strides).normal_()
         assert_accurate(**a)
-
-
-def at_odd_address(x):
-    """The same numbers and strides, one element past a multiple of 16 bytes."""
-    return torch.cat((x.new_zeros(1), x.reshape(-1)))[1:].view(x.shape)
 
 
 @pytest.mark.parametrize("across", [False, True])

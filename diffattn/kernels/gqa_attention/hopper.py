@@ -56,8 +56,10 @@ def _layout(x):
 @functools.lru_cache(maxsize=1024)
 def _serves(q, k, v) -> bool:
     """By the layouts of the tensors."""
-    full = q[1][1] >= 128 and k[1][1] >= 128 and q[1][3] == v[1][3] <= max(CONFIGS)
-    return full and v[0].itemsize == 2 and all(tma_strides(x[0].itemsize, *x[1:]) for x in (q, k, v))
+    N, M, D, E = q[1][1], k[1][1], q[1][3], v[1][3]
+    if N < 128 or M < 128 or D != E or E > max(CONFIGS):
+        return False
+    return v[0].itemsize == 2 and all(tma_strides(x[0].itemsize, *x[1:]) for x in (q, k, v))
 
 
 def _bias(mask, B, M):

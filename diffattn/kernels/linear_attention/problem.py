@@ -53,7 +53,7 @@ class Problem:
         self.turns_stride = self.N * self.D if varies else 0
         # the forward kernels' constants: heads share tiles
         self.packed = self.constants | packed
-        self.ready: dict[tuple, object] = {}
+        self.ready: dict = {}
 
     def turns(self, q, cos, sin):
         """The rotary tables side by side, see triton_pieces.py; without tables, something."""

@@ -1,7 +1,5 @@
 """Launchers of the Triton kernels."""
 
-import functools
-
 import torch
 
 from diffattn.kernels._backend import small_shared_memory
@@ -212,13 +210,11 @@ def _write_output_in_pieces(p: Problem, q, turns, state, o, eps):
         )  # fmt: skip
         return (step,)
 
+    def go(step):
+        step(q, turns, state, o, numbers=(eps,))
+
     kernel = "rotary_output" if rotary else "pieces_output"
-    go = functools.partial(_output, (q, turns, state, o), eps)
     p.run(kernel, prepare, go, p.N, p.H, cdiv(p.E, BE), max(BD + BD2, BE))
-
-
-def _output(tensors, eps, step):
-    step(*tensors, numbers=(eps,))
 
 
 def _write_output(p: Problem, q, tables, state, o, eps):
@@ -235,7 +231,9 @@ def _write_output(p: Problem, q, tables, state, o, eps):
         )  # fmt: skip
         return (step,)
 
-    go = functools.partial(_output, (q, *tables, state, o), eps)
+    def go(step):
+        step(q, *tables, state, o, numbers=(eps,))
+
     p.run("output", prepare, go, p.N, heads, p.e_blocks, p.packed_width)
 
 
