@@ -5,13 +5,14 @@
     python benchmarks/startup.py --device cuda --only "*eager" --limit 100     # some of it, none longer
 
 For each way, in a process of its own with empty caches of compiled code: the seconds of `patch(..., compile=...)` and
-the first forward, those of the first forward at a second resolution, and the median of the forwards after that; in
-eager mode on a GPU the start of a second process too, whose caches the first has filled (`start_again_s`). A user who
-draws more than (difference of starts) / (difference of steps) steps gains by compiling. Writes startup.json to
-results/<gpu>, or results/cpu, after every row.
+the first forward, the median of the forwards after that, and the seconds of the first forward at a second resolution;
+in eager mode on a GPU the start of a second process too, whose caches the first has filled (`start_again_s`). A user
+who draws more than (difference of starts) / (difference of steps) steps gains by compiling. Writes startup.json to
+results/<gpu>, or results/cpu, after every row; a process that --limit ends leaves what it had measured.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -57,8 +59,8 @@ def build(name: str):
     return model, inputs
 
 
-def measure(name: str, way: str, device: str, core: str | None) -> dict:
-    """In its own process: importing torch and building the model do not count."""
+def measure(name: str, way: str, device: str, core: str | None) -> Iterator[dict]:
+    """In its own process: importing torch and building the model do not count. Yields each figure once it is known."""
     import torch
 
     import diffattn
@@ -88,17 +90,13 @@ def measure(name: str, way: str, device: str, core: str | None) -> dict:
             torch.cuda.synchronize()
         mode = None if way == "eager" else way
         start = seconds(lambda: (diffattn.patch(model, core, compile=mode), model(**place[0])))
-        second = seconds(lambda: model(**place[1]))
-        seconds(lambda: model(**place[0]))
+        yield {"start_s": round(start, 2)}
         steps, until = [], time.perf_counter() + 5
+        seconds(lambda: model(**place[0]))
         while len(steps) < 5 or (time.perf_counter() < until and len(steps) < 100):
             steps.append(seconds(lambda: model(**place[0])))
-    return {
-        "start_s": round(start, 2),
-        "second_resolution_s": round(second, 2),
-        "step_ms": round(1e3 * statistics.median(steps), 3),
-        "steps": len(steps),
-    }
+        yield {"step_ms": round(1e3 * statistics.median(steps), 3), "steps": len(steps)}
+        yield {"second_resolution_s": round(seconds(lambda: model(**place[1])), 2)}
 
 
 def main() -> None:
@@ -111,7 +109,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         name, way, core = options.one
-        print(json.dumps(measure(name, way, options.device, None if core == "exact" else core)))
+        for figures in measure(name, way, options.device, None if core == "exact" else core):
+            print(json.dumps(figures), flush=True)
         return
 
     import torch
@@ -151,11 +150,17 @@ def main() -> None:
 
 
 def in_a_process(command: list[str], environ: dict[str, str], limit: float | None) -> dict:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {limit:g} s"}
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-300:]}
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
+        failed = {}
+        try:
+            if subprocess.run(command, stdout=printed, stderr=errors, env=environ, timeout=limit).returncode != 0:
+                errors.seek(0)
+                failed = {"failed": errors.read()[-300:]}
+        except subprocess.TimeoutExpired:
+            failed = {"failed": f"not done after {limit:g} s"}
+        printed.seek(0)
+        figures = [json.loads(line) for line in printed if line.startswith("{")]
+    return dict(itertools.chain.from_iterable(f.items() for f in figures)) | failed
 
 
 def cpu_name() -> str:
