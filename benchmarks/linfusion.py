@@ -4,9 +4,9 @@
 
 Random weights, in LinFusion's layout, on SD 1.5's and SDXL's UNets. LinFusion puts a module of its own in place of
 each self-attention (Huage001/LinFusion, src/linfusion); here `Module` computes what that computes, in its order. Whole
-forwards in bfloat16, batch 2, one variant after the other; stock softmax attention beside them. Writes linfusion.json
-to results/<gpu>: median, p20 and p80 ms, peak memory above the model's own, and how far the outputs of the two are
-from each other, rounding in bfloat16 included.
+forwards in bfloat16, batch 2, in turn; stock softmax attention beside them. Writes linfusion.json to results/<gpu>:
+for each what models.py writes of a variant, and how far the outputs of the two are from each other, rounding in
+bfloat16 included.
 """
 
 import argparse
@@ -17,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from models import build, build_sd15, unet_inputs
+from models import Turns, build, build_sd15, compare, unet_inputs
 from peers import linfusion
 from report import environment, gpu_name, results_folder, write_json
-from timing import Deadline, chosen, digits, interleave, peak_bytes, reason
+from timing import Deadline, chosen, digits, reason
 from torch import Tensor, nn
 
 import diffattn
+from diffattn.patch import find_layers
 
 
 class Module(nn.Module):
@@ -66,33 +67,30 @@ def write_checkpoint(unet: nn.Module, folder: Path) -> dict[str, Module]:
     return modules
 
 
-class Variants:
+NAMES = ("stock", "linfusion", "diffattn")
+
+
+class Variants(Turns):
     """A UNet that is stock, LinFusion's or diffattn's."""
 
-    def __init__(self, unet: nn.Module, folder: Path):
-        self.unet, self.folder, self.stock = unet, str(folder), self_attentions(unet)
+    def __init__(self, unet: nn.Module, inputs: dict, folder: Path):
+        super().__init__(NAMES, unet, inputs)
+        self.attentions = self_attentions(unet)
         like = next(unet.parameters())
         modules = write_checkpoint(unet, folder)
         self.modules = {name: module.to(like.device, like.dtype).eval() for name, module in modules.items()}
-        self.now = "stock"
+        self.layers = {layer.name: layer for layer in find_layers(unet)}
+        with diffattn.patched(unet, weights=str(folder)) as handle:
+            self.processors = handle.installed
 
     def switch(self, variant: str) -> None:
-        if variant == self.now:
-            return
-        diffattn.unpatch(self.unet)
-        for name, module in (self.modules if variant == "linfusion" else self.stock).items():
-            self.unet.set_submodule(name, module)
-        if variant == "diffattn":
-            diffattn.patch(self.unet, weights=self.folder)
-        self.now = variant
-
-    def call(self, variant: str, inputs: dict) -> Tensor:
-        self.switch(variant)
-        with torch.no_grad():
-            return self.unet(**inputs, return_dict=False)[0]
-
-
-NAMES = ("stock", "linfusion", "diffattn")
+        for name, module in (self.modules if variant == "linfusion" else self.attentions).items():
+            self.model.set_submodule(name, module)
+        for name, processor in self.processors.items():
+            if self.layers[name].patched:
+                self.layers[name].restore()
+            if variant == "diffattn":
+                self.layers[name].install(processor)
 
 
 def build_sdxl() -> nn.Module:
@@ -119,25 +117,29 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict]]] = {
 }
 
 
-def measure(variants: Variants, inputs: dict, seconds: float) -> dict:
-    """Times of the variants, each switched to before its turn and outside of it."""
-    outputs = {name: variants.call(name, inputs).float() for name in NAMES}
+@torch.no_grad()
+def measure(variants: Variants, seconds: float) -> dict:
+    outputs = {}
+    for name in NAMES:
+        variants.switch(name)
+        outputs[name] = variants.forward().float()
     far = (outputs["diffattn"] - outputs["linfusion"]).norm() / outputs["linfusion"].norm()
-    row: dict = {"difference": digits(far.item(), 2)}
-    for name in NAMES:  # one after the other: switching would be in the time of each turn
-        call = lambda name=name: variants.call(name, inputs)  # noqa: E731
-        call()
-        row[name] = interleave({name: call}, seconds)[name] | {"peak_bytes": peak_bytes(call)}
-    row["speedup"] = digits(row["linfusion"]["median"] / row["diffattn"]["median"])
-    row["speedup_over_stock"] = digits(row["stock"]["median"] / row["diffattn"]["median"])
-    return row
+    del outputs
+    rows = compare(variants, seconds)
+    stock, theirs, ours = (rows[name] for name in NAMES)
+    return rows | {
+        "difference": digits(far.item(), 2),
+        "speedup": digits(theirs["median"] / ours["median"]),
+        "gpu_speedup": digits(theirs["gpu_ms"] / ours["gpu_ms"]),
+        "speedup_over_stock": digits(stock["median"] / ours["median"]),
+    }
 
 
 def run(out: Path, only: list[str] | None, seconds: float, each: float) -> None:
     warnings.simplefilter("ignore")
     deadline, rows, left_out = Deadline(seconds), [], []
     head = {"environment": environment(), "batch": 2, "dtype": "bfloat16", "left_out": left_out, "rows": rows}
-    built_by, variants = None, None
+    built_by, unet = None, None
     with tempfile.TemporaryDirectory() as folder:
         for name, (make, inputs) in CASES.items():
             if not chosen(name, only):
@@ -147,16 +149,16 @@ def run(out: Path, only: list[str] | None, seconds: float, each: float) -> None:
                 continue
             try:
                 if make is not built_by:
-                    variants = None
+                    unet = None
                     torch.cuda.empty_cache()
                     with torch.device("cuda"):
-                        unet = make().to(torch.bfloat16).eval()
-                    variants, built_by = Variants(unet, Path(folder)), make
-                row = {"case": name} | measure(variants, inputs(), each)
+                        unet, built_by = make().to(torch.bfloat16).eval(), make
+                row = {"case": name} | measure(Variants(unet, inputs(), Path(folder)), each)
                 print(
                     f"{name:<20} stock {row['stock']['median']:8.2f} ms  LinFusion {row['linfusion']['median']:8.2f}  "
-                    f"diffattn {row['diffattn']['median']:8.2f}  {row['speedup']:.2f}x LinFusion, "
-                    f"{row['speedup_over_stock']:.2f}x stock  difference {row['difference']:.1e}",
+                    f"diffattn {row['diffattn']['median']:8.2f}  {row['speedup']:.2f}x LinFusion "
+                    f"(GPU {row['gpu_speedup']:.2f}x), {row['speedup_over_stock']:.2f}x stock  "
+                    f"difference {row['difference']:.1e}",
                     flush=True,
                 )
             except Exception as error:  # a case that cannot run is a row with its reason

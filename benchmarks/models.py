@@ -188,28 +188,22 @@ CASES = [
 ]
 
 
-class Variants:
-    """One model as stock, patched or without its core: `switch` before a forward."""
+class Turns:
+    """A model in several variants that are timed in turn: `switch` before a forward.
 
-    def __init__(self, case: Case, model: nn.Module):
-        self.case, self.model, self.inputs = case, model, case.inputs()
-        self.layers = {layer.name: layer for layer in find_layers(model)}
-        # The same processors at every switch: a compiler takes others for another model.
-        with diffattn.patched(model, case.core, layers=case.layers) as handle:
-            self.processors = {"stock": {}, "patched": handle.installed}
-        with diffattn.patched(model, NoCore(), layers=list(handle.installed)) as handle:
-            self.processors["no_core"] = handle.installed
+    Args:
+        names: of the variants; by the first is found how many forwards fit.
+    """
+
+    def __init__(self, names: tuple[str, ...], model: nn.Module, inputs: dict, method: str = "forward"):
+        self.names, self.model, self.inputs, self.method = names, model, inputs, method
 
     def switch(self, variant: str) -> None:
-        for layer in self.layers.values():
-            if layer.patched:
-                layer.restore()
-        for name, processor in self.processors[variant].items():
-            self.layers[name].install(processor)
+        raise NotImplementedError
 
     def forward(self) -> Tensor:
         # Only the call itself runs what model.compile() compiled.
-        call = self.model if self.case.method == "forward" else getattr(self.model, self.case.method)
+        call = self.model if self.method == "forward" else getattr(self.model, self.method)
         return call(**self.inputs, return_dict=False)[0]
 
     def timed(self, forwards: int) -> tuple[float, float]:
@@ -241,32 +235,52 @@ class Variants:
         }
 
 
-def compare(variants: Variants, seconds: float) -> dict[str, dict]:
-    """The three variants in turn, for about so many seconds each."""
-    walls: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    cpus: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+class Variants(Turns):
+    """One model as stock, patched or without its core."""
+
+    def __init__(self, case: Case, model: nn.Module):
+        super().__init__(VARIANTS, model, case.inputs(), case.method)
+        self.layers = {layer.name: layer for layer in find_layers(model)}
+        # The same processors at every switch: a compiler takes others for another model.
+        with diffattn.patched(model, case.core, layers=case.layers) as handle:
+            self.processors = {"stock": {}, "patched": handle.installed}
+        with diffattn.patched(model, NoCore(), layers=list(handle.installed)) as handle:
+            self.processors["no_core"] = handle.installed
+
+    def switch(self, variant: str) -> None:
+        for layer in self.layers.values():
+            if layer.patched:
+                layer.restore()
+        for name, processor in self.processors[variant].items():
+            self.layers[name].install(processor)
+
+
+def compare(variants: Turns, seconds: float) -> dict[str, dict]:
+    """The variants in turn, for about so many seconds each."""
+    walls: dict[str, list[float]] = {variant: [] for variant in variants.names}
+    cpus: dict[str, list[float]] = {variant: [] for variant in variants.names}
     rows: dict[str, dict] = {}
-    for variant in VARIANTS:  # warms up, and finds out how long
+    for variant in variants.names:  # warms up, and finds out how long
         variants.switch(variant)
         variants.forward()
         torch.cuda.reset_peak_memory_stats()
         once, _ = variants.timed(1)
         rows[variant] = {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-        if variant == "stock":
+        if variant == variants.names[0]:
             forwards = min(max(int(250 / once), 1), 8)
             rounds = min(max(int(1e3 * seconds / once / forwards), 2), 15)
     for _ in range(rounds):
-        for variant in VARIANTS:
+        for variant in variants.names:
             variants.switch(variant)
             wall, cpu = variants.timed(forwards)
             walls[variant].append(wall)
             cpus[variant].append(cpu)
-    for variant in VARIANTS:  # last, since a profiler may leave something behind
+    for variant in variants.names:  # last, since a profiler may leave something behind
         variants.switch(variant)
         times = summary(walls[variant]) | {"cpu_ms": digits(statistics.median(cpus[variant]))}
         rows[variant] = times | variants.gpu_busy() | rows[variant]
-    variants.switch("stock")
-    return rows | ratios(rows)
+    variants.switch(variants.names[0])
+    return rows
 
 
 def ratios(rows: dict[str, dict]) -> dict[str, float]:
@@ -296,7 +310,8 @@ def measure(case: Case, model: nn.Module, seconds: float, mode: str) -> dict:
         "relative_difference": difference,
     }
     del stock
-    row |= compare(variants, seconds)
+    rows = compare(variants, seconds)
+    row |= rows | ratios(rows)
     if case.compiled and mode != "none":
         try:
             row["compiled"] = {"mode": mode} | compiled(variants, seconds, mode)
@@ -316,7 +331,8 @@ def compiled(variants: Variants, seconds: float, mode: str) -> dict[str, dict]:
         for block in model.transformer_blocks:
             block.compile(fullgraph=True)
     try:
-        return compare(variants, seconds) | {"seconds": round(time.perf_counter() - start, 1)}
+        rows = compare(variants, seconds)
+        return rows | ratios(rows) | {"seconds": round(time.perf_counter() - start, 1)}
     finally:
         variants.switch("stock")
         for module in model.modules():
