@@ -1,5 +1,6 @@
 """A layer's projections, a core's own in their place, and what adapters on the layer's still add."""
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 
@@ -17,8 +18,9 @@ JOINT = OWN | {"text_q": "add_q_proj", "text_k": "add_k_proj", "text_v": "add_v_
 TEXT = ("text_q", "text_k", "text_v")
 #: For processors whose core can have none of its own.
 NOTHING: Mapping[str, str] = {}
-#: Seconds between two looks at whether a layer's own projection changed. Each waits for the GPU, and SDXL has 280.
-LOOK_EVERY = 2.0
+#: Seconds between two looks at whether a layer's own projection changed: each waits for the GPU, and SDXL has 280.
+#: While steps follow each other it is the longer time; a LoRA comes between runs, with a pause longer than PAUSE.
+LOOK_EVERY, LOOK_EVERY_IN_A_RUN, PAUSE = 2.0, 10.0, 0.25
 #: Relative change of a weight above the rounding of bfloat16, which casting a model back and forth leaves.
 CHANGED = 2**-8
 
@@ -167,8 +169,10 @@ def _look(own: nn.Module, module: nn.Module, role: str) -> None:
 
     A LoRA that was fused and unloaded leaves no other trace. Its weight has the same address and version.
     """
-    now = time.monotonic()
-    if now - vars(own).get("looked", -LOOK_EVERY) < LOOK_EVERY:
+    now, times = time.monotonic(), vars(own)  # nn.Module's own setattr takes microseconds
+    last, called = times.get("looked", -math.inf), times.get("called", -math.inf)
+    times["called"] = now
+    if now - last < (LOOK_EVERY if now - called > PAUSE else LOOK_EVERY_IN_A_RUN):
         return
     before = getattr(own, "instead_of", None)
     if before is None:
@@ -178,15 +182,14 @@ def _look(own: nn.Module, module: nn.Module, role: str) -> None:
         return
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    own.looked = now
-    after = sample(weight)
-    if (after - before).norm() > CHANGED * before.norm():
+    if torch.dist(sample(weight), before) > CHANGED * before.norm():
         raise RuntimeError(
             f"projection {role!r}: the layer's weight has changed since the attention core took it over, by a LoRA "
             "that was fused and unloaded or by other weights loaded into the model; that has no effect on the core's "
             "own. Keep the LoRA loaded, fused or not, and it acts; or call diffattn.unpatch(...), load, and "
             "diffattn.patch(...) again"
         )
+    times["looked"] = now
 
 
 def adapters(module: nn.Module, x: Tensor) -> Tensor | None:
