@@ -2,6 +2,7 @@
 asks for its size."""
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def _with_parts(model: nn.Module) -> nn.Module:
     """The model itself, or where it has parts that a graph cannot hold a copy that shares everything but these."""
     from diffattn.traceable_parts import replacements
 
-    parts = replacements(model, all_ours=not _stock_layers(model))
+    parts = replacements(model, None if _stock_layers(model) else functools.partial(_refuse_stock, model))
     if not parts:
         return model
     model = copy.copy(model)

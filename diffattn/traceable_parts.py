@@ -4,6 +4,7 @@ import copy
 import math
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from diffattn.kernels import Rotary
 
 
-def replacements(model: nn.Module, all_ours: bool) -> dict[str, Any]:
-    """The parts of a model to replace, by attribute. all_ours: every attention layer has diffattn's processor, which
-    takes rotary tables of real numbers."""
-    table = PARTS | (REAL_TABLES if all_ours else {})
+def replacements(model: nn.Module, check: Callable[[], None] | None) -> dict[str, Any]:
+    """The parts of a model to replace, by attribute.
+
+    Args:
+        check: given where every attention layer has diffattn's processor, which takes rotary tables of real numbers;
+            raises if one has not any more.
+    """
+    table = PARTS if check is None else PARTS | {name: partial(f, check=check) for name, f in REAL_TABLES.items()}
     found = {name: part for name, part in vars(model).items() if type(part).__name__ in table}
     found |= {name: part for name, part in model.named_children() if type(part).__name__ in table}
     return {name: table[type(part).__name__](part) for name, part in found.items()}
@@ -107,11 +112,13 @@ class RealTables(nn.Module):
     """A part that cuts, lays out and joins tables of cos + i sin, which no ONNX operator takes: those of cos and those
     of sin go the same way, one after the other. Returns a `Rotary` in the place of each complex tensor."""
 
-    def __init__(self, part: nn.Module):
+    def __init__(self, part: nn.Module, check: Callable[[], None]):
         super().__init__()
+        self.check = check
         self.cos, self.sin = (_mapped(part, f) for f in (torch.real, torch.imag))
 
     def forward(self, *args, **kwargs):
+        self.check()
         cos, sin = self.cos(*args, **kwargs), self.sin(*args, **kwargs)
         return tuple(map(Rotary, cos, sin)) if isinstance(cos, tuple) else Rotary(cos, sin)
 
@@ -128,11 +135,13 @@ def _mapped(part: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
 class RealPairs:
     """`RopeEmbedder`, called with positions (N, axes), for real numbers: cos and sin of each angle, (N, D/2, 2)."""
 
-    def __init__(self, part: Any):
+    def __init__(self, part: Any, check: Callable[[], None]):
+        self.check = check
         tables = part.precompute_freqs_cis(part.axes_dims, part.axes_lens, theta=part.theta)
         self.tables = [torch.view_as_real(table) for table in tables]
 
     def __call__(self, ids: Tensor) -> Tensor:
+        self.check()
         return torch.cat([table.to(ids.device)[ids[:, axis]] for axis, table in enumerate(self.tables)], dim=1)
 
 

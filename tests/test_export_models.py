@@ -82,6 +82,20 @@ def test_tables_of_real_numbers_are_for_our_processors():
     assert traceable(model) is model
 
 
+@pytest.mark.parametrize("name", ["QwenImageTransformer2DModel", "ZImageTransformer2DModel"])
+def test_a_copy_with_tables_of_real_numbers_refuses_a_model_unpatched_since(name):
+    """They would reach processors that take complex ones."""
+    model, inputs = patch_all(BY_NAME[name].model()), inputs_of(name)
+    call = traceable(model)
+    for compiled in (call, torch.compile(call, backend="eager")):
+        patch_all(model)
+        with torch.no_grad():
+            compiled(**inputs)
+            diffattn.unpatch(model)
+            with pytest.raises(Exception, match=r"diffattn.patch\(model\) first"):
+                compiled(**inputs)
+
+
 def test_a_picture_beyond_the_table_is_refused():
     family = FAMILY["SD3Transformer2DModel"]
     call, inputs = traceable(family.patched()), family.inputs()

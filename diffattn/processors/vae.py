@@ -69,7 +69,7 @@ class MochiVaeAttnProcessor(StreamAttnProcessor):
             out = output(attn, self.core(q, k, v, mask=mask), self.core)
         if attn.residual_connection:
             out = out + hidden_states
-        return out / attn.rescale_output_factor
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
 
 class MiniMaxH3VideoAttnProcessor(StreamAttnProcessor):

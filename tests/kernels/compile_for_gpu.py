@@ -244,6 +244,23 @@ def frame_delta_rule() -> None:
         rays.ray_encoding_fwd(meta(2, 880, heads, 112), meta(2, 880, 4, 4), angles, angles, 0.1, limit)
 
 
+def qk_norm_rope() -> None:
+    launcher = stand_in("qk_norm_rope.triton")
+    # norm across heads, R features that rotate, halves, kv heads, D
+    cases = [
+        (False, 96, False, 2, 96, torch.bfloat16),
+        (False, 128, False, 4, 128, torch.float16),
+        (False, 32, True, 4, 64, torch.bfloat16),
+        (True, 112, False, 4, 112, torch.bfloat16),
+        (True, 0, False, 0, 72, torch.float32),
+    ]
+    for across, R, halves, kv_heads, D, dtype in cases:
+        q, k = meta(2, 301, 4, D, dtype=dtype), meta(2, 300, kv_heads, D, dtype=dtype) if kv_heads else None
+        q_weight, k_weight = (meta(h * D if across else D, dtype=dtype) for h in (4, kv_heads))
+        tables = [meta(n, R // 2, dtype=torch.float32) if R else None for n in (301, 301, 300, 300)]
+        launcher.qk_norm_rope_fwd(q, k, q_weight, k_weight, 1e-6, 1e-6, *tables, halves, halves, across)
+
+
 if __name__ == "__main__":
     {
         "linear": linear,
@@ -252,5 +269,6 @@ if __name__ == "__main__":
         "causal": causal,
         "block_sparse": block_sparse,
         "frame_delta_rule": frame_delta_rule,
+        "qk_norm_rope": qk_norm_rope,
     }[sys.argv[1]]()
     sys.exit(1 if failures else 0)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from diffattn.kernels import bidirectional_linear_attention, linear_attention
-from tests.kernels.test_causal_linear_attention import BUDGET, DECAYS, ENOUGH, gpu, make_inputs
+from tests.kernels.causal_oracle import BUDGET, DECAYS, ENOUGH, make_inputs
+
+gpu = pytest.mark.gpu
 
 NAMES = ("o", "dq", "dk", "dv", "ddecay")
 

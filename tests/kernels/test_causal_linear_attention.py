@@ -1,4 +1,6 @@
-"""Causal linear attention: the oracle is the recurrence in float64 on the same rounded inputs."""
+"""Causal linear attention: its forms, equal to each other and to the equation.
+
+The kernel for few tokens, and states that are updated in place, are in test_causal_recurrent.py."""
 
 import importlib
 import math
@@ -6,100 +8,25 @@ import math
 import pytest
 import torch
 
-from diffattn import config
 from diffattn.kernels import causal_linear_attention, linear_attention
-from diffattn.kernels.causal_linear_attention import LinearState, causal_linear_attention_reference
-from tests.kernels.accuracy import at_odd_address
+from tests.kernels.causal_oracle import (
+    DECAYS,
+    DTYPES,
+    ENOUGH,
+    assert_close,
+    check,
+    kernel,
+    make_inputs,
+    reference,
+    run,
+)
 
-# relative Frobenius errors; rounding the output alone costs 1.7e-3, 2.1e-4 and 3e-8
-BUDGET = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float32: 1e-5}
-# Samples. In bfloat16 what two roundings leave is 2.35e-3 on the average over many tokens, and scatters over few.
-ENOUGH = 32
 on_gpu = torch.cuda.is_available()
-gpu = pytest.mark.gpu
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=gpu)]
-DECAYS = (None, "head", "token", "channel")
-NAMES = ("o", "state", "dq", "dk", "dv", "ddecay", "dstate")
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def make_inputs(
-    device, dtype, *, B=1, N=40, H=2, Hkv=None, D=16, E=None, block=1, decay=None, strength=2.0, state=True,
-    normalize=True, feature_map=None,
-):  # fmt: skip
-    """(q, k, v, decay, state)"""
-    Hkv, E = Hkv or H, E or D
-    q, k, v = (torch.randn(s, device=device, dtype=dtype) for s in ((B, N, H, D), (B, N, Hkv, D), (B, N, Hkv, E)))
-    if normalize and feature_map is None:
-        q, k = q.abs(), k.abs()
-    shape = {None: None, "head": (Hkv,), "token": (B, N // block, Hkv), "channel": (B, N // block, Hkv, D)}[decay]
-    g = None if shape is None else -strength * torch.rand(shape, device=device)
-    size = D * E + (D if normalize else 0)
-    return q, k, v, g, torch.rand(B, Hkv, size, device=device) if state else None
-
-
-def run(f, inputs, grads, **options):
-    """[o, state, dq, dk, dv, ddecay, dstate], without those of inputs that are None."""
-    inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
-    outputs = f(*inputs, **options)
-    given = [x for x in inputs if x is not None]
-    return [x.detach() for x in outputs] + list(torch.autograd.grad(outputs, given, grads))
-
-
-def kernel(q, k, v, decay, state, **options):
-    return causal_linear_attention(q, k, v, decay=decay, state=state, return_state=True, **options)
-
-
-def reference(q, k, v, decay, state, form="recurrent", **options):
-    return causal_linear_attention_reference(q, k, v, decay=decay, state=state, form=form, **options)
-
-
-def assert_close(actual, expected, dtype, names=NAMES):
-    for name, a, e in zip(names, actual, expected, strict=True):
-        assert a.shape == e.shape, name
-        assert a.isfinite().all(), name
-        error = (a.double() - e).norm() / e.norm().clamp_min(1e-30)
-        assert error <= BUDGET[dtype], f"{name}: relative error {error:.2e}"
-
-
-def check(*inputs, feature_map=None, normalize=True, **options):
-    """Outputs and all gradients of the kernels against the recurrence in float64."""
-    q, _, v, decay, state = inputs
-    options = dict(block=1) | options | dict(feature_map=feature_map, normalize=normalize, eps=1e-6)
-    size = q.shape[3] * v.shape[3] + (q.shape[3] if normalize else 0)
-    grads = (
-        torch.randn(*q.shape[:3], v.shape[3], device=q.device, dtype=q.dtype),
-        torch.randn(q.shape[0], v.shape[2], size, device=q.device),
-    )
-    actual = run(kernel, inputs, grads, **options)
-    doubles = [None if x is None else x.double() for x in inputs]
-    expected = run(reference, doubles, [x.double() for x in grads], **options)
-    if decay is not None and decay.dim() == 1:
-        actual[5], expected[5] = with_size_of_terms(actual[5], expected[5], doubles, grads, options)
-    if decay is not None and decay.dim() == 4 and feature_map is None:
-        # The gradient of a channel's decay is a sum over later steps of q dq - k dk, which nearly cancels.
-        size = sum((x * dx).norm() for x, dx in zip(doubles[:2], expected[2:4], strict=True))
-        error = (actual[5].double() - expected[5]).norm() / size
-        assert error <= BUDGET[q.dtype], f"ddecay: {error:.2e} of its terms"
-        actual[5] = expected[5]
-    names = [n for n in NAMES if (n != "ddecay" or decay is not None) and (n != "dstate" or state is not None)]
-    assert_close(actual, expected, q.dtype, names)
-    assert actual[0].dtype == actual[2].dtype == q.dtype
-    assert actual[1].dtype == torch.float32
-    return actual
-
-
-def with_size_of_terms(actual, expected, doubles, grads, options):
-    """The gradient of a head's decay is a sum over all steps, which nearly cancels: errors count beside its terms."""
-    q, k, v, decay, state = doubles
-    each_step = decay.expand(q.shape[0], q.shape[1] // options["block"], -1)
-    terms = run(reference, (q, k, v, each_step, state), [x.double() for x in grads], **options)[5]
-    size = terms.abs().sum((0, 1))
-    return (actual - expected + size), size
 
 
 # The reference, against code that is not ours and against itself
@@ -265,55 +192,6 @@ def test_everything_forgotten(decay, device, triton_backend):
     torch.testing.assert_close(whole[:, 11:], later, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=gpu)])
-def test_recurrent_kernel(dtype, decay, device, triton_backend):
-    for normalize, block, Hkv in ((True, 1, 2), (False, 3, 2), (True, 1, 4), (False, 1, 4)):
-        inputs = make_inputs(
-            device, dtype, B=2, N=6, H=4, Hkv=Hkv, D=20, E=12, block=block, decay=decay, normalize=normalize
-        )
-        options = dict(normalize=normalize, block=block)
-        with torch.no_grad():
-            o, state = kernel(*inputs, form="recurrent", **options)
-            expected = reference(*(None if x is None else x.double() for x in inputs), **options)
-        assert_close((o, state), expected, dtype, ("o", "state"))
-
-
-@pytest.mark.parametrize("decay", [None, "token"])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_a_kept_recurrent_launch_serves_only_its_layout(normalize, decay, device, triton_backend):
-    def check(q, k, v, g, state):
-        with torch.no_grad():
-            found = kernel(q, k, v, g, state, form="recurrent", normalize=normalize)
-            inputs = (None if x is None else x.double() for x in (q, k, v, g, state))
-            assert_close(found, reference(*inputs, normalize=normalize), q.dtype, ("o", "state"))
-
-    def make(dtype):
-        return make_inputs(device, dtype, B=2, N=2, H=4, Hkv=2, D=16, E=32, decay=decay, normalize=normalize)
-
-    inputs = make(torch.float32)
-    for _ in range(2):
-        check(*inputs)
-    check(*(None if x is None else at_odd_address(x) for x in inputs))
-    check(*make(torch.float16))
-    q, k, v, g, state = inputs
-    check(q.transpose(1, 2).contiguous().transpose(1, 2), torch.cat((k, k), 3)[..., :16], v, g, state)
-    if g is not None:
-        check(q, k, v, torch.cat((g, g), 2)[:, :, :2], state)
-        check(q, k, v, g[0, 0], state)
-    check(q, k, v, g, None)
-    check(*inputs)
-
-
-@pytest.mark.parametrize(("D", "E"), [(16, 128), (32, 48), (64, 40), (128, 20), (256, 33)])
-def test_columns_of_a_recurrent_state(D, E, device, triton_backend):
-    inputs = make_inputs(device, torch.float32, N=2, H=2, D=D, E=E, decay="token", normalize=False)
-    with torch.no_grad():
-        found = kernel(*inputs, form="recurrent", normalize=False)
-        expected = reference(*(x.double() for x in inputs), normalize=False)
-    assert_close(found, expected, torch.float32, ("o", "state"))
-
-
 def test_what_does_not_fit_takes_plain_torch(device, triton_backend, monkeypatch):
     """Compiled for Hopper, the gradient of a decay of frames needs 272 KiB there beyond 128 float16 features."""
     module = importlib.import_module("diffattn.kernels.causal_linear_attention")
@@ -337,46 +215,6 @@ def test_what_does_not_fit_takes_plain_torch(device, triton_backend, monkeypatch
     assert same(frames, 10, requires_grad=True)
     with torch.no_grad():
         assert not same(frames, 10)
-
-
-@pytest.mark.parametrize("N", [3, 40])
-def test_state_is_updated_in_place(N, device, triton_backend):
-    """A LinearState and a tensor give the same; the tensor stays as it was."""
-    q, k, v, g, given = make_inputs(device, torch.float32, B=2, N=N, H=2, Hkv=1, D=8, decay="token")
-    state = LinearState(2, 1, 8, device=device)
-    state.tensor.copy_(given)
-    before, place = given.clone(), state.tensor.data_ptr()
-    o, after = kernel(q, k, v, g, state)
-    expected, expected_after = kernel(q, k, v, g, given)
-    assert after is state
-    assert state.tensor.data_ptr() == place
-    assert torch.equal(o, expected)
-    assert torch.equal(state.tensor, expected_after)
-    assert torch.equal(given, before)
-    # with gradients the state takes part as a constant
-    state.tensor.copy_(given)
-    o = causal_linear_attention(q.requires_grad_(), k, v, decay=g, state=state)
-    assert_close((o, state.tensor), (expected.double(), expected_after.double()), torch.float32, ("o", "state"))
-    assert not state.tensor.requires_grad
-    o.sum().backward()
-    assert q.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("decay", DECAYS)
-def test_piecewise_is_the_whole(decay, backend, device, monkeypatch):
-    monkeypatch.setattr(config, "backend", backend)
-    q, k, v, g, _ = make_inputs(device, torch.float32, B=2, N=33, H=1, D=8, decay=decay, strength=0.3)
-    whole = causal_linear_attention(q, k, v, decay=g)
-    for pieces in ([1] * 3 + [30], [3, 7, 1, 22]):
-        state, outs, first = LinearState(2, 1, 8, device=device), [], 0
-        for n in pieces:
-            part = slice(first, first + n)
-            piece = g if g is None or g.dim() == 1 else g[:, part]
-            outs.append(causal_linear_attention(q[:, part], k[:, part], v[:, part], decay=piece, state=state))
-            first += n
-        error = (torch.cat(outs, 1) - whole).norm() / whole.norm()
-        assert error <= 1e-5
 
 
 @pytest.mark.parametrize("decay", ["token", "channel"])

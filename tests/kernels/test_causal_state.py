@@ -7,7 +7,7 @@ import torch
 
 from diffattn.kernels import causal_linear_attention
 from diffattn.kernels.causal_linear_attention import LinearState
-from tests.kernels.test_causal_linear_attention import make_inputs
+from tests.kernels.causal_oracle import make_inputs
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
         ("causal", 90),
         ("block_sparse", 90),
         ("frame_delta_rule", 90),
+        ("qk_norm_rope", 90),
         ("linear", 89),
         ("gqa", 89),
         ("causal", 89),

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
 
 from diffattn.kernels.linear_attention import linear_attention_reference
-from tests.kernels.test_linear_attention import MAPS, make_inputs, make_rotary
+from tests.kernels.linear_oracle import MAPS, make_inputs, make_rotary
 
 
 @pytest.fixture(autouse=True)
