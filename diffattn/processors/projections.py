@@ -18,9 +18,12 @@ JOINT = OWN | {"text_q": "add_q_proj", "text_k": "add_k_proj", "text_v": "add_v_
 TEXT = ("text_q", "text_k", "text_v")
 #: For processors whose core can have none of its own.
 NOTHING: Mapping[str, str] = {}
-#: Seconds between two looks at whether a layer's own projection changed: each waits for the GPU, and SDXL has 280.
-#: While steps follow each other it is the longer time; a LoRA comes between runs, with a pause longer than PAUSE.
-LOOK_EVERY, LOOK_EVERY_IN_A_RUN, PAUSE = 2.0, 10.0, 0.25
+#: Seconds between two looks at whether a layer's own projection changed, while steps follow each other. Each waits for
+#: the GPU, and SDXL has 280.
+LOOK_EVERY = 10.0
+#: Seconds without a call after which there may have been a change, so that the next call looks: the first, if it is
+#: twice as long as from step to step, or the second.
+PAUSE, LONG_PAUSE = 0.25, 2.0
 #: Relative change of a weight above the rounding of bfloat16, which casting a model back and forth leaves.
 CHANGED = 2**-8
 
@@ -170,9 +173,10 @@ def _look(own: nn.Module, module: nn.Module, role: str) -> None:
     A LoRA that was fused and unloaded leaves no other trace. Its weight has the same address and version.
     """
     now, times = time.monotonic(), vars(own)  # nn.Module's own setattr takes microseconds
-    last, called = times.get("looked", -math.inf), times.get("called", -math.inf)
-    times["called"] = now
-    if now - last < (LOOK_EVERY if now - called > PAUSE else LOOK_EVERY_IN_A_RUN):
+    gap = now - times.get("called", -math.inf)
+    paused = gap > min(LONG_PAUSE, max(PAUSE, 2 * times.get("step", 0.0)))
+    times["called"], times["step"] = now, gap
+    if not paused and now - times.get("looked", -math.inf) < LOOK_EVERY:
         return
     before = getattr(own, "instead_of", None)
     if before is None:
@@ -183,6 +187,7 @@ def _look(own: nn.Module, module: nn.Module, role: str) -> None:
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     if torch.dist(sample(weight), before) > CHANGED * before.norm():
+        times.pop("looked", None)  # the next call raises too
         raise RuntimeError(
             f"projection {role!r}: the layer's weight has changed since the attention core took it over, by a LoRA "
             "that was fused and unloaded or by other weights loaded into the model; that has no effect on the core's "

@@ -5,6 +5,7 @@ import torch
 
 import diffattn
 from diffattn import GroupedQueryAttention
+from diffattn.cores.base import sample
 from diffattn.processors import projections
 from tests.plugins.common import UNET, error, load_lora, out
 
@@ -97,26 +98,32 @@ def test_a_lora_that_was_fused_and_unloaded_is_not_dropped_in_silence():
     assert error(out(UNET, unet), out(UNET, fused)) <= 1e-5
 
 
-def test_a_look_at_the_weights_waits_for_a_pause_between_calls(monkeypatch):
+@pytest.mark.parametrize(("step", "pause"), [(0.12, 0.3), (0.6, 1.3), (1.5, 2.1)])
+def test_a_look_at_the_weights_waits_for_a_pause_between_steps(step, pause, monkeypatch):
     """Each look waits for the GPU: in a run of steps there is one at the start, and one every ten seconds."""
     now = [100.0]
     monkeypatch.setattr(projections.time, "monotonic", lambda: now[0])
+    looked = []
+    monkeypatch.setattr(projections, "sample", lambda weight: looked.append(now[0]) or sample(weight))
     unet = UNET.model()
     diffattn.patch(unet, "mqa")
+    while now[0] < 110:
+        out(UNET, unet)
+        now[0] += step
+    assert set(looked) == {100.0}
     out(UNET, unet)
+    assert set(looked) == {100.0, now[0]}
+
     load_lora(unet, UNET)
     unet.fuse_lora()
     unet.unload_lora()
-    for _ in range(50):
-        now[0] += 0.19
-        out(UNET, unet)
+    now[0] += step
+    out(UNET, unet)
+    now[0] += pause
     for _ in range(2):  # raised once, it is raised again
-        now[0] += 0.3
         with pytest.raises(RuntimeError, match="the layer's weight has changed"):
             out(UNET, unet)
-    now[0] += 0.1
-    with pytest.raises(RuntimeError, match="the layer's weight has changed"):  # the steps go on for too long
-        out(UNET, unet)
+        now[0] += step
 
 
 def test_casting_back_and_forth_changes_no_weight_that_matters():
