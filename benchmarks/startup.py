@@ -12,7 +12,6 @@ results/<gpu>, or results/cpu, after every row; a process that --limit ends leav
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -150,17 +149,17 @@ def main() -> None:
 
 
 def in_a_process(command: list[str], environ: dict[str, str], limit: float | None) -> dict:
-    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
-        failed = {}
-        try:
-            if subprocess.run(command, stdout=printed, stderr=errors, env=environ, timeout=limit).returncode != 0:
-                errors.seek(0)
-                failed = {"failed": errors.read()[-300:]}
-        except subprocess.TimeoutExpired:
-            failed = {"failed": f"not done after {limit:g} s"}
-        printed.seek(0)
-        figures = [json.loads(line) for line in printed if line.startswith("{")]
-    return dict(itertools.chain.from_iterable(f.items() for f in figures)) | failed
+    """All figures that it prints, a JSON object a line, and why it ended before the last."""
+    try:
+        done = subprocess.run(command, capture_output=True, env=environ, timeout=limit)
+        failed = {"failed": done.stderr.decode()[-300:]} if done.returncode else {}
+    except subprocess.TimeoutExpired as error:
+        done, failed = error, {"failed": f"not done after {limit:g} s"}
+    row = {}
+    for line in (done.stdout or b"").splitlines():
+        if line.startswith(b"{"):
+            row |= json.loads(line)
+    return row | failed
 
 
 def cpu_name() -> str:

@@ -173,6 +173,23 @@ def test_results_of_a_gpu_have_a_folder(gpu, folder):
     assert results_folder(gpu) == BENCHMARKS / "results" / folder
 
 
+@pytest.mark.parametrize(
+    ("then", "limit", "failed"),
+    [
+        ("pass", None, None),
+        ("time.sleep(60)", 2, "not done after 2 s"),
+        ("raise OSError('no space')", None, "no space"),
+    ],
+)
+def test_startup_keeps_what_a_process_printed_before_its_end(then, limit, failed):
+    from startup import in_a_process
+
+    code = f"import time; print('a warning'); print('{{\"start_s\": 1.5}}', flush=True); {then}"
+    row = in_a_process([sys.executable, "-c", code], {}, limit)
+    assert row.pop("start_s") == 1.5
+    assert (failed in row.pop("failed") if failed else True) and not row
+
+
 def test_without_a_gpu_scripts_say_so(monkeypatch):
     import report
 

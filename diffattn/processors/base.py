@@ -288,3 +288,8 @@ def broadcast_mask(attn: nn.Module, mask: Tensor | None, batch: int, length: int
     if mask.shape[0] >= batch * attn.heads:
         return mask.view(batch, attn.heads, -1, mask.shape[-1])
     return mask.unsqueeze(1)
+
+
+def rescaled(attn: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Over the layer's output factor. By 1, as nearly everywhere: the same bits without a kernel."""
+    return hidden_states if attn.rescale_output_factor == 1 else hidden_states / attn.rescale_output_factor

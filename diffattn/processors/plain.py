@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from diffattn.processors.base import CoreAttnProcessor, broadcast_mask, norm_and_rotate, output, project_heads
+from diffattn.processors.base import (
+    CoreAttnProcessor,
+    broadcast_mask,
+    norm_and_rotate,
+    output,
+    project_heads,
+    rescaled,
+)
 from diffattn.processors.projections import OWN
 
 
@@ -68,8 +75,7 @@ class PlainAttnProcessor(CoreAttnProcessor):
             hidden_states = hidden_states.transpose(-1, -2).reshape(shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        # by 1 nearly everywhere: the same bits without a kernel
-        return hidden_states if attn.rescale_output_factor == 1 else hidden_states / attn.rescale_output_factor
+        return rescaled(attn, hidden_states)
 
     def core_for(self, context):
         """The core of this call; `context` is None in self-attention."""

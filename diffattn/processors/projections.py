@@ -175,7 +175,7 @@ def _look(own: nn.Module, module: nn.Module, role: str) -> None:
     now, times = time.monotonic(), vars(own)  # nn.Module's own setattr takes microseconds
     gap = now - times.get("called", -math.inf)
     paused = gap > min(LONG_PAUSE, max(PAUSE, 2 * times.get("step", 0.0)))
-    times["called"], times["step"] = now, gap
+    times["called"], times["step"] = now, gap if gap < math.inf else 0.0
     if not paused and now - times.get("looked", -math.inf) < LOOK_EVERY:
         return
     before = getattr(own, "instead_of", None)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffattn.processors.base import broadcast_mask, normalize, output
+from diffattn.processors.base import broadcast_mask, normalize, output, rescaled
 from diffattn.processors.projections import NOTHING
 from diffattn.processors.rotary import from_halves
 from diffattn.processors.streams import Stream, StreamAttnProcessor, attend, causal_mask, norms_of
@@ -69,7 +69,7 @@ class MochiVaeAttnProcessor(StreamAttnProcessor):
             out = output(attn, self.core(q, k, v, mask=mask), self.core)
         if attn.residual_connection:
             out = out + hidden_states
-        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+        return rescaled(attn, out)
 
 
 class MiniMaxH3VideoAttnProcessor(StreamAttnProcessor):

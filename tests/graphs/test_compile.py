@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 import torch._dynamo.testing
-import torch._inductor.config
 from diffusers.models.attention_processor import Attention
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -209,9 +208,7 @@ def test_a_one_graph_forward_of_an_unpatched_model_is_refused():
 def test_cuda_graphs_and_autotuning(name, mode):
     """Kernels in a replayed CUDA graph read the inputs of this call, and a second resolution gets its own."""
     family = FAMILY[name]
-    # a UNet's convolutions, none of them ours, take minutes to tune
-    conv = torch._inductor.config.patch(max_autotune_conv_backends="ATEN")
-    with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad(), conv:
+    with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad():
         model = family.patched().cuda()
         call = family.traceable(model)
         compiled = torch.compile(call, fullgraph=True, mode=mode)

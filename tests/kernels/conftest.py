@@ -6,6 +6,11 @@ import torch
 from diffattn import config
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["auto", "torch", "triton"])
 def any_backend(request):
     before, config.backend = config.backend, request.param

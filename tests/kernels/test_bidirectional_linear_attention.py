@@ -11,11 +11,6 @@ gpu = pytest.mark.gpu
 NAMES = ("o", "dq", "dk", "dv", "ddecay")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def dense(q, k, v, decay, feature_map, normalize, block, eps):
     """All pairs at once. Sums of g over steps are differences of prefix sums here, which float64 can afford."""
     if feature_map == "elu1":

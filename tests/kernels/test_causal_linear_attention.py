@@ -24,11 +24,6 @@ from tests.kernels.causal_oracle import (
 on_gpu = torch.cuda.is_available()
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # The reference, against code that is not ours and against itself
 
 

@@ -12,11 +12,6 @@ from tests.kernels.causal_oracle import DECAYS, assert_close, kernel, make_input
 gpu = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=gpu)])
 def test_recurrent_kernel(dtype, decay, device, triton_backend):

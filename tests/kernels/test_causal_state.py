@@ -10,11 +10,6 @@ from diffattn.kernels.causal_linear_attention import LinearState
 from tests.kernels.causal_oracle import make_inputs
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def test_state_object(device):
     state = LinearState(2, 3, 4, 5, device=device)
     assert state.tensor.shape == (2, 3, 24)

@@ -27,11 +27,6 @@ on_gpu = torch.cuda.is_available()
 gpu = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # The kernels: shapes, maps, dtypes
 
 

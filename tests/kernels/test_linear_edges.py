@@ -12,11 +12,6 @@ from tests.kernels.linear_oracle import DTYPES, MAPS, assert_close, check, make_
 gpu = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # Numbers at the edge
 
 

@@ -12,11 +12,6 @@ from tests.kernels.test_linear_attention import heads_first
 on_gpu = torch.cuda.is_available()
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def op_arguments(device, feature_map, rotated, normalizer, E=16):
     q, k, v = (x.requires_grad_() for x in make_inputs(device, torch.float32, N=40, H=2, Hkv=1, D=16, E=E))
     q = heads_first(q.detach()).requires_grad_()

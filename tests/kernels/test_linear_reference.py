@@ -8,11 +8,6 @@ from diffattn.kernels.linear_attention import linear_attention_reference
 from tests.kernels.linear_oracle import MAPS, make_inputs, make_rotary
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def quadratic_attention(q, k, v, feature_map, rotary, eps, normalizer):
     """The N x M form: weights first, one head after the other."""
     group = q.shape[2] // k.shape[2]

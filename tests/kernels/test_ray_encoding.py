@@ -12,11 +12,6 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytes
 wm = pytest.importorskip("diffusers.models.transformers.transformer_sana_wm")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def make_inputs(device="cpu", dtype=torch.float32, *, B=2, N=21, H=3, D=16, tables="one"):
     x = torch.randn(B, N, H, D, device=device).to(dtype)
     shape = {None: None, "one": (N, D // 4), "each": (B, N, D // 4)}[tables]
