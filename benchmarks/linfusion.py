@@ -4,9 +4,9 @@
 
 Random weights, in LinFusion's layout, on SD 1.5's and SDXL's UNets. LinFusion puts a module of its own in place of
 each self-attention (Huage001/LinFusion, src/linfusion); here `Module` computes what that computes, in its order. Whole
-forwards in bfloat16, batch 2, in turn; stock softmax attention beside them. Writes linfusion.json to results/<gpu>:
-for each what models.py writes of a variant, and how far the outputs of the two are from each other, rounding in
-bfloat16 included.
+forwards in bfloat16, batch 2, in turn, a turn being a picture's 20 steps; stock softmax attention beside them. Writes
+linfusion.json to results/<gpu>: for each what models.py writes of a variant, the milliseconds of a forward replayed from
+a CUDA graph, and how far the outputs of the two are from each other, rounding in bfloat16 included.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from models import Turns, build, build_sd15, compare, unet_inputs
 from peers import linfusion
 from report import environment, gpu_name, results_folder, write_json
-from timing import Deadline, chosen, digits, reason
+from timing import Deadline, chosen, digits, interleave, reason
 from torch import Tensor, nn
 
 import diffattn
@@ -68,6 +68,7 @@ def write_checkpoint(unet: nn.Module, folder: Path) -> dict[str, Module]:
 
 
 NAMES = ("stock", "linfusion", "diffattn")
+STEPS = 20
 
 
 class Variants(Turns):
@@ -125,14 +126,30 @@ def measure(variants: Variants, seconds: float) -> dict:
         outputs[name] = variants.forward().float()
     far = (outputs["diffattn"] - outputs["linfusion"]).norm() / outputs["linfusion"].norm()
     del outputs
-    rows = compare(variants, seconds)
+    rows = compare(variants, seconds, STEPS)
+    for name, times in replayed(variants).items():
+        rows[name]["graph_ms"] = times["median"]
     stock, theirs, ours = (rows[name] for name in NAMES)
     return rows | {
         "difference": digits(far.item(), 2),
         "speedup": digits(theirs["median"] / ours["median"]),
         "gpu_speedup": digits(theirs["gpu_ms"] / ours["gpu_ms"]),
+        "graph_speedup": digits(theirs["graph_ms"] / ours["graph_ms"]),
         "speedup_over_stock": digits(stock["median"] / ours["median"]),
     }
+
+
+def replayed(variants: Variants) -> dict[str, dict]:
+    """What `timing.interleave` gives for a forward of each variant, recorded once as a CUDA graph: no time of the CPU's
+    is in it."""
+    graphs = {}
+    for name in variants.names:
+        variants.switch(name)
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            variants.forward()
+    variants.switch(variants.names[0])
+    return interleave({name: graph.replay for name, graph in graphs.items()}, seconds=2)
 
 
 def run(out: Path, only: list[str] | None, seconds: float, each: float) -> None:
@@ -157,7 +174,7 @@ def run(out: Path, only: list[str] | None, seconds: float, each: float) -> None:
                 print(
                     f"{name:<20} stock {row['stock']['median']:8.2f} ms  LinFusion {row['linfusion']['median']:8.2f}  "
                     f"diffattn {row['diffattn']['median']:8.2f}  {row['speedup']:.2f}x LinFusion "
-                    f"(GPU {row['gpu_speedup']:.2f}x), {row['speedup_over_stock']:.2f}x stock  "
+                    f"(GPU {row['gpu_speedup']:.2f}x, CUDA graph {row['graph_speedup']:.2f}x), {row['speedup_over_stock']:.2f}x stock  "
                     f"difference {row['difference']:.1e}",
                     flush=True,
                 )
@@ -172,8 +189,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for linfusion.json; results/<gpu> if not given")
     parser.add_argument("--only", action="append", help="glob over the cases' names; may be repeated")
-    parser.add_argument("--seconds", type=float, default=120, help="start no case after this long")
-    parser.add_argument("--each", type=float, default=2, help="seconds for a variant's timing")
+    parser.add_argument("--seconds", type=float, default=200, help="start no case after this long")
+    parser.add_argument("--each", type=float, default=6, help="seconds for a variant's timing")
     args = parser.parse_args()
     if not any(chosen(name, args.only) for name in CASES):
         parser.error(f"--only: {args.only} matches none of {', '.join(CASES)}")

@@ -255,8 +255,13 @@ class Variants(Turns):
             self.layers[name].install(processor)
 
 
-def compare(variants: Turns, seconds: float) -> dict[str, dict]:
-    """The variants in turn, for about so many seconds each."""
+def compare(variants: Turns, seconds: float, forwards: int | None = None) -> dict[str, dict]:
+    """The variants in turn, for about so many seconds each.
+
+    Args:
+        forwards: of a turn; as many as a quarter of a second holds, 4 to 8, if not given. With one alone the GPU waits
+            for its first launches, as it does once a picture of many steps.
+    """
     walls: dict[str, list[float]] = {variant: [] for variant in variants.names}
     cpus: dict[str, list[float]] = {variant: [] for variant in variants.names}
     rows: dict[str, dict] = {}
@@ -267,8 +272,8 @@ def compare(variants: Turns, seconds: float) -> dict[str, dict]:
         once, _ = variants.timed(1)
         rows[variant] = {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
         if variant == variants.names[0]:
-            forwards = min(max(int(250 / once), 1), 8)
-            rounds = min(max(int(1e3 * seconds / once / forwards), 2), 15)
+            forwards = forwards or min(max(int(250 / once), 4), 8)
+            rounds = min(max(int(1e3 * seconds / once / forwards), 3), 15)
     for _ in range(rounds):
         for variant in variants.names:
             variants.switch(variant)
