@@ -5,8 +5,8 @@
 Random weights, in LinFusion's layout, on SD 1.5's and SDXL's UNets. LinFusion puts a module of its own in place of
 each self-attention (Huage001/LinFusion, src/linfusion); here `Module` computes what that computes, in its order. Whole
 forwards in bfloat16, batch 2, in turn, a turn being a picture's 20 steps; stock softmax attention beside them. Writes
-linfusion.json to results/<gpu>: for each what models.py writes of a variant, the milliseconds of a forward replayed from
-a CUDA graph, and how far the outputs of the two are from each other, rounding in bfloat16 included.
+linfusion.json to results/<gpu>: for each what models.py writes of a variant, the milliseconds of a forward replayed
+from a CUDA graph, and how far the outputs of the two are from each other, rounding in bfloat16 included.
 """
 
 import argparse
@@ -174,7 +174,8 @@ def run(out: Path, only: list[str] | None, seconds: float, each: float) -> None:
                 print(
                     f"{name:<20} stock {row['stock']['median']:8.2f} ms  LinFusion {row['linfusion']['median']:8.2f}  "
                     f"diffattn {row['diffattn']['median']:8.2f}  {row['speedup']:.2f}x LinFusion "
-                    f"(GPU {row['gpu_speedup']:.2f}x, CUDA graph {row['graph_speedup']:.2f}x), {row['speedup_over_stock']:.2f}x stock  "
+                    f"(GPU {row['gpu_speedup']:.2f}x, CUDA graph {row['graph_speedup']:.2f}x), "
+                    f"{row['speedup_over_stock']:.2f}x stock  "
                     f"difference {row['difference']:.1e}",
                     flush=True,
                 )
