@@ -140,8 +140,10 @@ def measure(variants: Variants, seconds: float) -> dict:
 
 
 def replayed(variants: Variants) -> dict[str, dict]:
-    """What `timing.interleave` gives for a forward of each variant, recorded once as a CUDA graph: no time of the CPU's
-    is in it."""
+    """What `timing.interleave` gives for a forward of each variant, recorded once as a CUDA graph.
+
+    No time of the CPU's is in it.
+    """
     graphs = {}
     for name in variants.names:
         variants.switch(name)

@@ -331,12 +331,16 @@ def test_bars_are_judged_by_their_worst_case(tmp_path, capsys, monkeypatch):
     (tmp_path / "kernels.json").write_text(json.dumps({"rows": rows}))
     models = [{"case": "Lumina 2 1024px", "speedup": 1.3, "bound": 1.6}, {"case": "Sana 1.6B 1024px", "failed": "x"}]
     (tmp_path / "models.json").write_text(json.dumps({"rows": models}))
+    compiled = [{"case": "Sana 1.6B 4096px", "speedup": 9.0, "compiled": {"speedup": 1.1, "bound": 1.2}}]
+    (tmp_path / "models_compiled_4096px.json").write_text(json.dumps({"rows": compiled}))
     monkeypatch.setattr(sys, "argv", ["bars.py", "--results", str(tmp_path)])
     bars.main()
     out = capsys.readouterr().out
     assert "MISS  gqa_attention over torch's best kernel: at most 1.03, 2 (far; 2 measured)" in out
     assert "ok  Lumina 2 1024px, eager: times as fast as stock: at least 1.25, 1.3 (bound 1.6; 1 measured)" in out
     assert "?   Sana 1.6B 1024px, eager: times as fast as stock: least 1.55, not measured" in out
+    assert "?   Sana 1.6B 4096px, eager: times as fast as stock: least 1.25, not measured" in out
+    assert "MISS  Sana 1.6B 4096px, compiled: times as fast as stock: at least 1.13, 1.1 (bound 1.2; 1" in out
 
 
 # ---- LinFusion ----
