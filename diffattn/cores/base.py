@@ -168,15 +168,20 @@ def linear(weight: Tensor, bias: Tensor | None, instead_of: Tensor | None = None
         made.weight.copy_(weight)
         if bias is not None:
             made.bias.copy_(bias)
-    # No buffer: it is neither saved nor moved.
-    made.instead_of = sample(weight if instead_of is None else instead_of)
+    source = weight if instead_of is None else instead_of
+    # No buffer: it is neither saved nor moved. A weight on the meta device has no numbers to keep.
+    made.instead_of = None if source.is_meta else samples([source])[0]
     return made
 
 
-def sample(weight: Tensor) -> Tensor | None:
-    """64 numbers of a weight, on the CPU, that tell whether it changed; None of one without numbers."""
-    if weight.is_meta:
-        return None
-    numbers = weight.detach().flatten()
-    step = max(1, numbers.numel() // 64) | 1  # odd: not one column alone
-    return numbers[::step][:64].to("cpu", torch.float32, copy=True)
+def samples(weights: Sequence[Tensor]) -> list[Tensor]:
+    """64 numbers of each weight, on the CPU, that tell whether it changed: all of them in one wait for the GPU."""
+    if not weights:
+        return []
+    parts = []
+    for weight in weights:
+        numbers = weight.detach().flatten()
+        step = max(1, numbers.numel() // 64) | 1  # odd: not one column alone
+        parts.append(numbers[::step][:64].to(weights[0].device))
+    joined = torch.cat(parts).to("cpu", torch.float32, copy=True)
+    return list(joined.split([len(part) for part in parts]))

@@ -49,7 +49,8 @@ class InputMLP(nn.Sequential):
             return
         mid_dim = width if mid_dim is None else mid_dim
         # The names 0, 1 and 3 are those of LinFusion's files.
-        super().__init__(nn.Linear(width, mid_dim), nn.LayerNorm(mid_dim), nn.LeakyReLU(), nn.Linear(mid_dim, width))
+        norm, leaky = nn.LayerNorm(mid_dim), nn.LeakyReLU(inplace=True)
+        super().__init__(nn.Linear(width, mid_dim), norm, leaky, nn.Linear(mid_dim, width))
         nn.init.zeros_(self[3].weight)
         nn.init.zeros_(self[3].bias)
 

@@ -14,6 +14,7 @@ from diffattn.kernels.qk_norm_rope import DTYPES, qk_norm_rope, runs_fused
 from diffattn.processors.projections import calls_fused as calls_fused
 from diffattn.processors.projections import head_dim_of, project_heads, weights_of
 from diffattn.processors.projections import output as output
+from diffattn.processors.replaced import refuse_changed_weights
 
 
 class CoreAttnProcessor(nn.Module):
@@ -65,6 +66,8 @@ class CoreAttnProcessor(nn.Module):
             def __call__(self, *args, **kwargs):
                 if self._without_settings:
                     _refuse_lost_settings(self, args[0] if args else kwargs["attn"])
+                if self.core.projections is not None:
+                    refuse_changed_weights(self.core, args[0] if args else kwargs["attn"], self.hands_over)
                 if self.refused is not None:
                     raise RuntimeError(f"enable_parallelism() set parts of this model only: {self._cannot_split()}")
                 return nn.Module.__call__(self, *args, **kwargs)

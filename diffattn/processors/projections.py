@@ -1,15 +1,10 @@
 """A layer's projections, a core's own in their place, and what adapters on the layer's still add."""
 
-import math
-import time
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from diffattn.cores import AttentionCore
-from diffattn.cores.base import sample
-from diffattn.kernels import exporting
 
 #: The names that diffusers' attention classes have for their projections, by role, and for those of text.
 QKV = {"q": "to_q", "k": "to_k", "v": "to_v"}
@@ -18,14 +13,6 @@ JOINT = OWN | {"text_q": "add_q_proj", "text_k": "add_k_proj", "text_v": "add_v_
 TEXT = ("text_q", "text_k", "text_v")
 #: For processors whose core can have none of its own.
 NOTHING: Mapping[str, str] = {}
-#: Seconds between two looks at whether a layer's own projection changed, while steps follow each other. Each waits for
-#: the GPU, and SDXL has 280.
-LOOK_EVERY = 10.0
-#: Seconds without a call after which there may have been a change, so that the next call looks: the first, if it is
-#: twice as long as from step to step, or the second.
-PAUSE, LONG_PAUSE = 0.25, 2.0
-#: Relative change of a weight above the rounding of bfloat16, which casting a model back and forth leaves.
-CHANGED = 2**-8
 
 
 def calls_fused(attn: nn.Module) -> bool:
@@ -100,17 +87,17 @@ def project_by(core: AttentionCore | None, modules: Mapping[str, nn.Module], inp
 
     Returns: (B, N, H, D) of each.
     """
-    own = None if core is None else core.projections
-    maps = None if core is None else core.input_maps
+    own, maps = (None, None) if core is None else (core.projections, core.input_maps)
     heads = []
     for (role, module), x in zip(modules.items(), inputs, strict=True):
         if maps is not None and role in maps:
             x = maps[role](x)
         if own is not None and role in own:
             out = own[role](x).unflatten(-1, (-1, head_dim))
-            heads.append(_with_adapters(core, role, module, x, out))
+            heads.append(_with_adapters(core, module, x, out))
         else:
-            heads += split_heads(core, {role: module(x)}, head_dim)
+            out = module(x).unflatten(-1, (-1, head_dim))
+            heads.append(out if core is None else core.projected(role, out))
     return tuple(heads)
 
 
@@ -136,65 +123,25 @@ def out_by(core: AttentionCore | None, role: str, module: nn.Module, hidden_stat
     if core is None or core.projections is None or role not in core.projections:
         hidden_states = first(hidden_states)
     else:
-        hidden_states = _with_adapters(core, role, first, hidden_states, core.projections[role](hidden_states))
+        hidden_states = _with_adapters(core, first, hidden_states, core.projections[role](hidden_states))
     for module in rest:
         hidden_states = module(hidden_states)
     return hidden_states
 
 
-def _with_adapters(core: AttentionCore, role: str, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+def _with_adapters(core: AttentionCore, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
     """The output of a core's own projection of x, (B, N, C) or (B, N, H, D), and what adapters on the layer's add."""
-    added = _added(core, role, module, x)
+    # by type first, as in most calls: a module takes microseconds to find that it lacks an attribute
+    added = None if type(module) is nn.Linear else adapters(module, x)
     if added is None:
         return out
+    if core.refuses_adapters:
+        raise RuntimeError(_refusal("adapter", core.refuses_adapters))
     if out.dim() == 4:
         added = added.unflatten(-1, (-1, out.shape[-1]))
         if added.shape[2] != out.shape[2]:  # pooled, as the weights they were trained for
             added = added.unflatten(2, (out.shape[2], -1)).mean(3)
     return out + added.to(out.dtype)
-
-
-def _added(core: AttentionCore, role: str, module: nn.Module, x: Tensor) -> Tensor | None:
-    """What the layer's projection adds to the core's own in its place: its adapters."""
-    # first, as in most calls: a module takes microseconds to find that it lacks an attribute
-    if type(module) is not nn.Linear and hasattr(module, "base_layer"):
-        added = adapters(module, x)
-        if added is not None and core.refuses_adapters:
-            raise RuntimeError(_refusal("adapter", core.refuses_adapters))
-        return added
-    if not torch.compiler.is_compiling() and not exporting():
-        _look(core.projections[role], module, role)
-    return None
-
-
-def _look(own: nn.Module, module: nn.Module, role: str) -> None:
-    """Raise if the layer's weight is not the one that was taken over: that change would have no effect.
-
-    A LoRA that was fused and unloaded leaves no other trace. Its weight has the same address and version.
-    """
-    now, times = time.monotonic(), vars(own)  # nn.Module's own setattr takes microseconds
-    gap = now - times.get("called", -math.inf)
-    paused = gap > min(LONG_PAUSE, max(PAUSE, 2 * times.get("step", 0.0)))
-    times["called"], times["step"] = now, gap if gap < math.inf else 0.0
-    if not paused and now - times.get("looked", -math.inf) < LOOK_EVERY:
-        return
-    before = getattr(own, "instead_of", None)
-    if before is None:
-        return
-    weight = getattr(module, "weight", None)  # none of a dropped one
-    if weight is None or weight.is_meta or weight.element_size() < 2:  # float8 storage rounds more than a LoRA adds
-        return
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    if torch.dist(sample(weight), before) > CHANGED * before.norm():
-        times.pop("looked", None)  # the next call raises too
-        raise RuntimeError(
-            f"projection {role!r}: the layer's weight has changed since the attention core took it over, by a LoRA "
-            "that was fused and unloaded or by other weights loaded into the model; that has no effect on the core's "
-            "own. Keep the LoRA loaded, fused or not, and it acts; or call diffattn.unpatch(...), load, and "
-            "diffattn.patch(...) again"
-        )
-    times["looked"] = now
 
 
 def adapters(module: nn.Module, x: Tensor) -> Tensor | None:

@@ -5,8 +5,8 @@ import torch
 
 import diffattn
 from diffattn import GroupedQueryAttention
-from diffattn.cores.base import sample
-from diffattn.processors import projections
+from diffattn.cores.base import samples
+from diffattn.processors import replaced
 from tests.plugins.common import UNET, error, load_lora, out
 
 pytestmark = pytest.mark.filterwarnings("ignore:diffattn. .* another mechanism")
@@ -102,9 +102,9 @@ def test_a_lora_that_was_fused_and_unloaded_is_not_dropped_in_silence():
 def test_a_look_at_the_weights_waits_for_a_pause_between_steps(step, pause, monkeypatch):
     """Each look waits for the GPU: in a run of steps there is one at the start, and one every ten seconds."""
     now = [100.0]
-    monkeypatch.setattr(projections.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(replaced.time, "monotonic", lambda: now[0])
     looked = []
-    monkeypatch.setattr(projections, "sample", lambda weight: looked.append(now[0]) or sample(weight))
+    monkeypatch.setattr(replaced, "samples", lambda weights: looked.append(now[0]) or samples(weights))
     unet = UNET.model()
     diffattn.patch(unet, "mqa")
     out(UNET, unet)
@@ -118,7 +118,8 @@ def test_a_look_at_the_weights_waits_for_a_pause_between_steps(step, pause, monk
     assert not looked
     now[0] += step
     out(UNET, unet)
-    assert set(looked) == {now[0]}
+    layers = sum(name.endswith("attn1") for name, _ in unet.named_modules())
+    assert looked == [now[0]] * layers  # one wait for all projections of a layer
 
     load_lora(unet, UNET)
     unet.fuse_lora()
@@ -130,6 +131,18 @@ def test_a_look_at_the_weights_waits_for_a_pause_between_steps(step, pause, monk
         with pytest.raises(RuntimeError, match="the layer's weight has changed"):
             out(UNET, unet)
         now[0] += step
+
+
+@pytest.mark.parametrize("role", ["q", "k", "v", "out"])
+def test_a_change_of_any_replaced_projection_is_noticed(role):
+    unet = UNET.model()
+    diffattn.patch(unet, "mqa-svd")
+    attn = next(module for name, module in unet.named_modules() if name.endswith("attn1"))
+    projection = attn.to_out[0] if role == "out" else getattr(attn, f"to_{role}")
+    with torch.no_grad():
+        projection.weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match=f"projection {role!r}: the layer's weight has changed"):
+        out(UNET, unet)
 
 
 def test_casting_back_and_forth_changes_no_weight_that_matters():
