@@ -40,9 +40,9 @@ def refuse_changed_weights(core: AttentionCore, attn: nn.Module, names: Mapping[
     if not paused and now - times.get("looked", -math.inf) < LOOK_EVERY:
         return
     weights, befores = {}, {}
-    for role, (_, module) in modules_of(attn, names).items():
-        weight = _weight_to_compare(module)
-        before = getattr(core.projections[role], "instead_of", None) if role in core.projections else None
+    replaced = {role: name for role, name in names.items() if role in core.projections}
+    for role, (_, module) in modules_of(attn, replaced).items():
+        weight, before = _weight_to_compare(module), getattr(core.projections[role], "instead_of", None)
         if weight is not None and before is not None:
             weights[role], befores[role] = weight, before
     if any(weight.is_cuda for weight in weights.values()) and torch.cuda.is_current_stream_capturing():
