@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from diffattn.cores import AttentionCore
@@ -135,6 +136,8 @@ def _with_adapters(core: AttentionCore, module: nn.Module, x: Tensor, out: Tenso
     added = None if type(module) is nn.Linear else adapters(module, x)
     if added is None:
         return out
+    if not torch.compiler.is_compiling():
+        vars(core.projections)["adapted"] = True  # for `refuse_changed_weights`
     if core.refuses_adapters:
         raise RuntimeError(_refusal("adapter", core.refuses_adapters))
     if out.dim() == 4:

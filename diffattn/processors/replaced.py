@@ -37,11 +37,16 @@ def refuse_changed_weights(core: AttentionCore, attn: nn.Module, names: Mapping[
     gap = now - times.get("called", -math.inf)
     paused = gap > min(LONG_PAUSE, max(PAUSE, 2 * times.get("step", 0.0)))
     times["called"], times["step"] = now, gap if gap < math.inf else 0.0
-    if not paused and now - times.get("looked", -math.inf) < LOOK_EVERY:
+    unloaded, plain_before = False, times.pop("plain", None)
+    if times.pop("adapted", False):  # the last call called adapters
+        # No pause is needed to fuse and unload them: what they were on is looked at once they are gone.
+        modules = modules_of(attn, _replaced(core, names))
+        times["plain"] = {role for role, (_, module) in modules.items() if not hasattr(module, "base_layer")}
+        unloaded = times["plain"] != plain_before
+    if not (paused or unloaded) and now - times.get("looked", -math.inf) < LOOK_EVERY:
         return
     weights, befores = {}, {}
-    replaced = {role: name for role, name in names.items() if role in core.projections}
-    for role, (_, module) in modules_of(attn, replaced).items():
+    for role, (_, module) in modules_of(attn, _replaced(core, names)).items():
         weight, before = _weight_to_compare(module), getattr(core.projections[role], "instead_of", None)
         if weight is not None and before is not None:
             weights[role], befores[role] = weight, before
@@ -57,6 +62,10 @@ def refuse_changed_weights(core: AttentionCore, attn: nn.Module, names: Mapping[
                 "load, and diffattn.patch(...) again"
             )
     times["looked"] = now
+
+
+def _replaced(core: AttentionCore, names: Mapping[str, str]) -> dict[str, str]:
+    return {role: name for role, name in names.items() if role in core.projections}
 
 
 def _weight_to_compare(module: nn.Module) -> Tensor | None:

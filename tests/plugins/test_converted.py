@@ -80,11 +80,21 @@ def test_lora_training_reaches_the_adapters_and_leaves_the_core():
     assert lora and all(g is not None and g.abs().sum() > 0 for g in lora.values())
 
 
-def test_a_lora_that_was_fused_and_unloaded_is_not_dropped_in_silence():
-    """It changed weights that are not called any more."""
+@pytest.mark.parametrize("used", [False, True])
+def test_a_lora_that_was_fused_and_unloaded_is_not_dropped_in_silence(used, monkeypatch):
+    """It changed weights that are not called any more, in no time if it was used before."""
     unet = UNET.model()
     diffattn.patch(unet, "mqa")
+    if used:
+        monkeypatch.setattr(replaced.time, "monotonic", lambda: 100.0)
+        for _ in range(2):  # one that is taken off again
+            load_lora(unet, UNET)
+            out(UNET, unet)
+            unet.unload_lora()
+            out(UNET, unet)
     load_lora(unet, UNET)
+    if used:
+        out(UNET, unet)
     unet.fuse_lora()
     unet.unload_lora()
     with pytest.raises(RuntimeError, match=r"projection 'k': the layer's weight has changed .* Keep the LoRA loaded"):
